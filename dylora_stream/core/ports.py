@@ -1,0 +1,167 @@
+"""The ports: what the rooms ask of one another. `bootstrap` wires them; `testing` has one of each in memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dylora_stream.core.experts import Registry, StoredFolder
+from dylora_stream.core.messages import Answer, Novelty, OutboundMessage, RawRecord, Request
+
+__all__ = [
+    "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "ExpertStore", "JobUpdate", "Sink", "Source",
+    "VectorIndex",
+]  # fmt: skip
+
+Partition = tuple[str, int]  # topic, partition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """How far a batch reaches: next offset a partition, the group metadata taken before the poll, and a note.
+
+    `group` is opaque to all but the stream room. `note` is stored beside the offsets (learn's outbox sequence).
+    """
+
+    offsets: Mapping[Partition, int]
+    group: Any = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Records of one poll in partition order; empty when nothing came, or when the group changed on the way."""
+
+    records: tuple[RawRecord, ...] = ()
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(offsets={}))
+
+    def __bool__(self) -> bool:
+        return bool(self.records)
+
+
+class Source(Protocol):
+    """Records of one consumer group, in order within a partition."""
+
+    def poll(self, max_records: int, timeout_s: float) -> Batch:
+        """Up to `max_records` new records; blocks at most `timeout_s`. Steps 1 and 2 of the transaction: group metadata
+        is taken first, and a batch whose generation changed on the way is dropped and rewound. Raises OffsetsLost,
+        BrokerUnreachable, TopicMissing, Fenced."""
+
+    def rewind(self) -> None:
+        """Go back to the committed position of every assigned partition (the broker's, or the reader's own). May be
+        called at any time between polls, any number of times."""
+
+    def lag_records(self) -> int:
+        """End offset minus position, summed over the assigned partitions; may block for a round trip."""
+
+    def committed_note(self) -> str:
+        """The largest note stored beside the group's committed offsets, as an integer text; empty without one."""
+
+    def close(self) -> None:
+        """Leave the group. May be called twice."""
+
+
+class Sink(Protocol):
+    """Messages and input offsets out, all or nothing."""
+
+    def publish(self, messages: Sequence[OutboundMessage], checkpoint: Checkpoint | None = None) -> None:
+        """Send and commit in one transaction (steps 4 to 8); blocks until the broker has it. On TransactionAborted
+        nothing happened and the sink is ready for the next call; the caller rewinds its source. Raises Fenced."""
+
+    def close(self) -> None:
+        """Give the producer up; what was not committed is aborted. May be called twice."""
+
+
+class Changelog(Protocol):
+    """A compacted topic read from its beginning, for ever, without a group."""
+
+    def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:
+        """What came since the last call, in order; blocks at most `timeout_s`."""
+
+    def catch_up(self, timeout_s: float) -> list[RawRecord]:
+        """All that stood in the topic when called; raises BrokerUnreachable when that takes longer."""
+
+    def close(self) -> None:
+        """Stop reading. May be called twice."""
+
+
+class Clock(Protocol):
+    """Time, passed in."""
+
+    def now_ms(self) -> int:
+        """Wall clock, milliseconds since 1970."""
+
+    def monotonic_s(self) -> float:
+        """Never goes back, seconds."""
+
+
+class Answerer(Protocol):
+    """The model as serve sees it: registry in, answers out. Not thread-safe."""
+
+    def activate(self, registry: Registry) -> tuple[str, ...]:
+        """Serve this registry from the next batch on, whole. Returns the names of versions that could not be loaded
+        (their old version, if any, stays). Blocks while files are read."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer a request, in order. Never reads `output`, `skill` or `id`. Raises BadRecord for a single request
+        that cannot be answered (the caller bisects)."""
+
+    def score(self, inputs: Sequence[str], tenant: str) -> list[Novelty]:
+        """The novelty of texts, without answering them."""
+
+
+class VectorIndex(Protocol):
+    """Nearest neighbours under Euclidean distance, with ids kept over additions and removals."""
+
+    def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """ids: (n,) int64, vectors: (n, d) float32."""
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Forget these ids; unknown ones are ignored."""
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(distances (n, k) float32 ascending, ids (n, k) int64, -1 where there are fewer than k)."""
+
+    def __len__(self) -> int: ...
+
+
+class ExpertStore(Protocol):
+    """Folders under content addresses."""
+
+    def put(self, folder: Path) -> StoredFolder:
+        """Copy a folder in (aside, then renamed); the same content twice is one entry. Raises DiskFull."""
+
+    def open(self, stored: StoredFolder) -> Path:
+        """A local, verified folder to read from. Raises ExpertCorrupt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobUpdate:
+    """What a child said of a job: progress in between, then exactly one end (`result` or `error`)."""
+
+    job: str
+    progress: Mapping[str, Any] | None = None
+    result: Path | None = None
+    error: str | None = None
+
+
+class Child(Protocol):
+    """The child process that runs job folders, one at a time."""
+
+    def submit(self, folder: Path) -> None:
+        """Start on a job folder; its name is the job's id. Only when `is_idle`."""
+
+    def updates(self) -> list[JobUpdate]:
+        """What was said since the last call; never blocks. A child that died ends its job with an error."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether `submit` may be called."""
+
+    def close(self) -> None:
+        """Kill what runs. May be called twice."""
+
+
+IndexFactory = Callable[[int], VectorIndex]  # dimensions → an empty index
