@@ -81,5 +81,6 @@ class Registry:
         if self.expert(version.expert_id) is None:
             return replace(self, experts=(*self.experts, version))
         return replace(
-            self, experts=tuple(version if old.expert_id == version.expert_id else old for old in self.experts)
+            self,
+            experts=tuple(version if old.expert_id == version.expert_id else old for old in self.experts),
         )

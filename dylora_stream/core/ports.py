@@ -7,12 +7,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dylora_stream.core.experts import Registry, StoredFolder
-from dylora_stream.core.messages import Answer, Novelty, OutboundMessage, RawRecord, Request
+from dylora_stream.core.experts import ExpertVersion, Registry, StoredFolder
+from dylora_stream.core.messages import (
+    Answer,
+    DeadLetter,
+    Event,
+    Feedback,
+    Novelty,
+    OutboundMessage,
+    RawRecord,
+    Request,
+    Sample,
+)
 
 __all__ = [
-    "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "ExpertStore", "JobUpdate", "Sink", "Source",
-    "VectorIndex",
+    "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore", "IndexFactory",
+    "JobUpdate", "Partition", "Sink", "Source", "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -85,6 +95,42 @@ class Changelog(Protocol):
 
     def close(self) -> None:
         """Stop reading. May be called twice."""
+
+
+class Codec(Protocol):
+    """Bytes and messages. Pure; decoding raises BadRecord."""
+
+    def decode_request(self, record: RawRecord) -> Request:
+        """A request in any of the accepted forms."""
+
+    def decode_sample(self, record: RawRecord) -> Sample:
+        """What `encode_sample` wrote."""
+
+    def decode_feedback(self, record: RawRecord) -> Feedback:
+        """A late answer."""
+
+    def decode_registry(self, record: RawRecord) -> Registry | None:
+        """The registry of a record of the experts topic; None for a manifest or a tombstone."""
+
+    def encode_result(
+        self, request: Request, answer: Answer, *, model: str, registry_number: int, latency_ms: float
+    ) -> OutboundMessage:
+        """The result of a request, keyed like it."""
+
+    def encode_sample(self, sample: Sample) -> OutboundMessage:
+        """A sample, keyed by tenant."""
+
+    def encode_event(self, event: Event) -> OutboundMessage:
+        """A lifecycle event, keyed by its entity."""
+
+    def encode_dead_letter(self, letter: DeadLetter) -> OutboundMessage:
+        """The original bytes with error headers, within the topic's limit."""
+
+    def encode_manifest(self, version: ExpertVersion) -> OutboundMessage:
+        """The manifest of an expert's current version, keyed by the expert."""
+
+    def encode_registry(self, registry: Registry) -> OutboundMessage:
+        """The registry record."""
 
 
 class Clock(Protocol):

@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat, as ratios within one run."""

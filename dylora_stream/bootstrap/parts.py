@@ -1,0 +1,134 @@
+"""The parts that roles and tools are made of, each constructed here and nowhere else."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from dylora_stream.core.errors import ExpertCorrupt
+from dylora_stream.core.experts import ExpertVersion
+from dylora_stream.core.messages import Topic
+from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.statistics import ExpertStatistics
+from dylora_stream.settings import Settings
+from dylora_stream.store.experts import FolderStore
+from dylora_stream.stream.topics import TopicLayout, ensure_topics
+
+if TYPE_CHECKING:
+    from dylora_stream.model.answering import MixtureAnswerer
+    from dylora_stream.model.backbone import Backbone
+    from dylora_stream.model.router import RouterParts
+    from dylora_stream.store.database import DuckLedger
+
+__all__ = [
+    "SystemClock", "broker_folder", "create_topics", "expert_store", "faiss_index", "fetch_model", "load_backbone",
+    "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
+]  # fmt: skip
+
+log = structlog.get_logger(__name__)
+
+
+class SystemClock:
+    """`core.ports.Clock` on the machine's."""
+
+    def now_ms(self) -> int:
+        """See the port."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic_s(self) -> float:
+        """See the port."""
+        return time.monotonic()
+
+
+def model_path(settings: Settings) -> Path:
+    """Where the configured model lies, or will."""
+    from dylora_stream.model.config import model_folder
+
+    return model_folder(settings.model, settings.store.folder)
+
+
+def fetch_model(settings: Settings, tell: Callable[[str], None]) -> Path:
+    """The model's folder, fetched if it is not there. In a process of its own, so that this one stays without torch."""
+    from dylora_stream.model.fetch import fetch_backbone, is_model_folder
+
+    folder = model_path(settings)
+    return folder if is_model_folder(folder) else fetch_backbone(folder, tell, settings.model.name)
+
+
+def load_backbone(settings: Settings) -> "Backbone":
+    """The configured model, fetched first where it is missing. Imports torch."""
+    from dylora_stream.model import backbone
+
+    fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
+    return backbone.load_backbone(settings.model, model_path(settings))
+
+
+def mixture_answerer(settings: Settings, backbone: "Backbone") -> "MixtureAnswerer":
+    """The model as serve sees it, without experts yet."""
+    from dylora_stream.model.answering import MixtureAnswerer
+    from dylora_stream.model.live import LiveExperts
+
+    live = LiveExperts(backbone, settings.pool, router_parts(settings))
+    return MixtureAnswerer(live, expert_store(settings), settings.generation, settings.model.max_input_tokens)
+
+
+def router_parts(settings: Settings) -> "RouterParts":
+    """What every router of this process is built with."""
+    from dylora_stream.model.gates import gate_named
+    from dylora_stream.model.router import RouterParts
+
+    return RouterParts(
+        gate=gate_named(settings.routing.method, settings.routing),
+        novelty=settings.novelty,
+        index_factory=faiss_index(),
+    )
+
+
+def expert_store(settings: Settings) -> FolderStore:
+    """Where experts lie."""
+    url = settings.store.experts or str((settings.store.folder / "experts").absolute())
+    return FolderStore(url, settings.store.folder / "cache")
+
+
+def open_ledger(settings: Settings) -> "DuckLedger":
+    """Learn's database; DatabaseBusy when learn is running."""
+    from dylora_stream.store.database import DatabaseConfig, DuckLedger
+
+    config = DatabaseConfig(memory_limit=settings.store.memory_limit, threads=settings.store.threads)
+    return DuckLedger(settings.store.folder / "learn.duckdb", config)
+
+
+def faiss_index() -> IndexFactory:
+    """FAISS, one index an expert."""
+    from dylora_stream.store.index import FaissIndex
+
+    return FaissIndex
+
+
+def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertStatistics]:
+    """Reads an expert's statistics out of its folder."""
+    from safetensors.numpy import load_file
+
+    def load(version: ExpertVersion) -> ExpertStatistics:
+        path = store.open(version.storage) / "statistics.safetensors"
+        try:
+            rows = load_file(path)["features"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ExpertCorrupt(
+                f"{path} cannot be read: {error}; retire {version.name} or restore its folder"
+            ) from error
+        return ExpertStatistics(expert_id=version.expert_id, rows=rows, tenant=version.tenant)
+
+    return load
+
+
+def create_topics(settings: Settings) -> list[Topic]:
+    """The topics that are missing, created."""
+    return ensure_topics(settings.kafka, TopicLayout())
+
+
+def broker_folder(settings: Settings) -> Path:
+    """Where the embedded broker keeps its data."""
+    return settings.store.folder / "broker"

@@ -1,0 +1,258 @@
+"""The roles: serve, learn, the child, and the supervisor of one machine.
+
+Nothing is imported that a role does not need: learn and the supervisor never load torch.
+"""
+
+import os
+import signal
+import sys
+import threading
+import uuid
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import structlog
+
+from dylora_stream.bootstrap.parts import (
+    SystemClock,
+    broker_folder,
+    create_topics,
+    expert_store,
+    faiss_index,
+    fetch_model,
+    load_backbone,
+    mixture_answerer,
+    open_ledger,
+    router_parts,
+    statistics_loader,
+)
+from dylora_stream.core.messages import Topic
+from dylora_stream.logs import configure_logs
+from dylora_stream.ops.http import Health, HttpPort, HttpRoutes
+from dylora_stream.ops.metrics import Metrics
+from dylora_stream.ops.supervisor import Role, Supervisor
+from dylora_stream.settings import Settings
+from dylora_stream.store.identity import Identity, claim_identity
+from dylora_stream.stream.broker import EmbeddedIds, is_embedded
+from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
+from dylora_stream.stream.sink import FixedId, KafkaSink, TransactionalIds
+from dylora_stream.stream.source import KafkaChangelog, KafkaSource
+from dylora_stream.stream.wire import WireCodec
+
+if TYPE_CHECKING:
+    from dylora_stream.learn.service import Training
+
+__all__ = ["child", "learn", "serve", "supervise"]
+
+log = structlog.get_logger(__name__)
+
+STALLED_S = 600.0  # a loop that has not polled for this long is not alive
+
+
+def serve(settings: Settings, *, is_supervised: bool = False) -> None:
+    """Answer until told to end. Raises DyloraError."""
+    from dylora_stream.model.features import feature_space
+    from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
+    from dylora_stream.serve.service import ServePorts, ServeService
+    from dylora_stream.serve.sharing import SharedAnswerer
+
+    with ExitStack() as closing:
+        kafka, identity = _enter(settings, "serve", closing)
+        backbone = load_backbone(settings)
+        answerer = SharedAnswerer(mixture_answerer(settings, backbone))
+        clock, metrics = SystemClock(), Metrics(SystemClock())
+        codec = WireCodec(source=f"/dylora/{identity.name}")
+        ports = ServePorts(
+            source=_closing(closing, KafkaSource(kafka, [Topic.REQUESTS], witness=Topic.RESULTS)),
+            sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
+            changelog=_closing(closing, KafkaChangelog(kafka, Topic.EXPERTS)),
+            answerer=answerer,
+            codec=codec,
+            clock=clock,
+            metrics=metrics,
+        )
+        pipeline = Pipeline(answerer, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
+        service = ServeService(
+            ports,
+            pipeline,
+            settings.serve,
+            model=backbone.name,
+            feature_space=feature_space(backbone),
+            boot=_boot(),
+        )
+        metrics.watch("lag_records", "", ports.source.lag_records)
+        routes = HttpRoutes(
+            health=lambda: _health(metrics, is_ready=service.is_ready, registry=service.registry.number),
+            metrics=metrics.text,
+            score=lambda text, tenant: answerer.score([text], tenant)[0],
+        )
+        _open_port(settings, routes, closing, "serve")
+        _until_signalled(service, is_supervised=is_supervised)
+
+
+def learn(settings: Settings, *, is_supervised: bool = False) -> None:
+    """Learn until told to end. Raises DyloraError."""
+    from dylora_stream.learn.curator import Curator, CuratorConfig
+    from dylora_stream.learn.jobs import ChildConfig, ChildProcess
+    from dylora_stream.learn.knowledge import Knowledge
+    from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService
+
+    with ExitStack() as closing:
+        kafka, identity = _enter(settings, "learn", closing)
+        ledger = _closing(closing, open_ledger(settings))
+        store = expert_store(settings)
+        clock, metrics = SystemClock(), Metrics(SystemClock())
+        codec = WireCodec(source=f"/dylora/{identity.name}")
+        knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
+        rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
+        curator = Curator(ledger.load(), knowledge, codec, clock, rules)
+        command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
+        environment = {"OMP_NUM_THREADS": str(settings.learn.threads), "TOKENIZERS_PARALLELISM": "false"}
+        child_config = ChildConfig(command=command, environment=environment, niceness=settings.learn.niceness)
+        ports = LearnPorts(
+            source=_closing(
+                closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], positions=ledger.positions)
+            ),
+            sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
+            ledger=ledger,
+            child=_closing(closing, ChildProcess(child_config)),
+            store=store,
+            codec=codec,
+            clock=clock,
+            metrics=metrics,
+        )
+        folders = LearnFolders(
+            jobs=settings.store.folder / "jobs", feedback_topic=kafka.topic(Topic.FEEDBACK)
+        )
+        service = LearnService(ports, curator, settings.learn, _training(settings), folders)
+        metrics.watch("lag_records", "", ports.source.lag_records)
+        routes = HttpRoutes(
+            health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
+            metrics=metrics.text,
+        )
+        _open_port(settings, routes, closing, "learn")
+        _until_signalled(service, is_supervised=is_supervised)
+
+
+def _training(settings: Settings) -> "Training":
+    """What every job carries; the backbone is named by its files, not loaded."""
+    from dylora_stream.learn.service import Training
+    from dylora_stream.model.identity import DEFAULT_TEMPLATE, feature_space_name, folder_digest
+
+    digest = folder_digest(fetch_model(settings, lambda line: log.info("model_fetched", detail=line)))
+    return Training(
+        seeding=settings.seeding,
+        consolidation=settings.consolidation,
+        check=asdict(settings.check),
+        backbone=digest,
+        feature_space=feature_space_name(settings.model.stem_layers, digest),
+        prompt_template=DEFAULT_TEMPLATE,
+        rank=settings.pool.rank,
+    )
+
+
+def child(settings: Settings) -> None:
+    """Work through job folders named on standard input until it closes. No Kafka client, no database."""
+    from dylora_stream.model.jobs import serve_jobs
+
+    configure_logs(settings.log, "child", sys.stderr)
+    quiet = replace(settings.model, threads=settings.learn.threads)
+    serve_jobs(
+        lambda: load_backbone(settings.model_copy(update={"model": quiet})),
+        router_parts(settings),
+        sys.stdin,
+        sys.stdout,
+    )
+
+
+def supervise(settings: Settings) -> int:
+    """One serve and one learn on this machine; the exit code."""
+    configure_logs(settings.log, "supervisor")
+    fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
+    base = (sys.executable, "-m", "dylora_stream", "run", "--supervised")
+    roles = [
+        Role(name=name, command=(*base, "--role", name, *settings.arguments)) for name in ("serve", "learn")
+    ]
+    return Supervisor(roles, {}, settings.serve.drain_deadline_s).run()
+
+
+class _Service(Protocol):
+    def run(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+
+def _until_signalled(service: _Service, *, is_supervised: bool) -> None:
+    """Run; the first signal drains, the second ends at once; so does a supervisor's pipe that closes, by draining."""
+    signals = 0
+
+    def on_signal(_number: int, _frame: object) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(130)
+        service.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if is_supervised:
+        threading.Thread(
+            target=lambda: (sys.stdin.buffer.read(), service.drain()), daemon=True, name="pipe"
+        ).start()
+    service.run()
+
+
+def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConfig, Identity]:
+    """Logs, identity, a reachable broker and its topics."""
+    identity = claim_identity(settings.store.folder, role, settings.kafka.instance)
+    closing.callback(identity.lock.close)
+    configure_logs(settings.log, identity.name)
+    kafka = replace(settings.kafka, group=f"{settings.kafka.group}.{role}", instance=identity.name)
+    wait_for_broker(kafka)
+    create_topics(settings)
+    return kafka, identity
+
+
+def _transactional_ids(settings: Settings, identity: Identity) -> TransactionalIds:
+    folder = settings.store.folder
+    name = f"{settings.kafka.prefix}{identity.name}"
+    if is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings)):
+        return EmbeddedIds(name, folder / f"{identity.name}.transactions")
+    return FixedId(name)
+
+
+def _open_port(settings: Settings, routes: HttpRoutes, closing: ExitStack, role: str) -> None:
+    if not settings.http.is_enabled:
+        return
+    port = settings.http.port
+    config = replace(settings.http, port=port + 1 if port and role == "learn" else port)
+    http = HttpPort(config, routes)
+    closing.callback(http.close)
+    log.info("http_listening", address=http.address)
+    (settings.store.folder / f"{role}.http").write_text(http.address)
+
+
+def _health(metrics: Metrics, *, is_ready: bool, registry: int) -> Health:
+    age_s = metrics.seconds_since_poll()
+    return Health(
+        is_alive=age_s < STALLED_S,
+        is_ready=is_ready,
+        details={"last_poll_age_s": age_s, "registry": registry},
+    )
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Port = TypeVar("Port", bound=_Closable)
+
+
+def _closing(closing: ExitStack, port: Port) -> Port:
+    closing.callback(port.close)
+    return port
+
+
+def _boot() -> str:
+    return uuid.uuid4().hex[:12]

@@ -1,0 +1,50 @@
+"""Options that several commands share, and the settings that they make."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dylora_stream.settings import Settings
+
+__all__ = ["BootstrapOption", "ConfigOption", "SetOption", "settings_from"]
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file with settings; else the one that DYLORA_CONFIG names, else ./dylora.toml if it is there.",
+        rich_help_panel="Settings",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        help="One setting, as `config show` names it; wins over the file and the environment. Repeatable.",
+        rich_help_panel="Settings",
+    ),
+]
+BootstrapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bootstrap",
+        metavar="HOST:PORT",
+        help="The Kafka to use; short for --set kafka.bootstrap_servers=…",
+        rich_help_panel="Settings",
+    ),
+]
+
+
+def settings_from(
+    config: Path | None, assignments: list[str] | None, bootstrap: str | None = None
+) -> "Settings":
+    """The settings of a command; SettingsError says what is wrong."""
+    from dylora_stream.settings import load_settings
+
+    flags = list(assignments or [])
+    if bootstrap is not None:
+        flags.append(f"kafka.bootstrap_servers={bootstrap}")
+    return load_settings(config, flags)

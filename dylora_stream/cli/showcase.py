@@ -1,0 +1,72 @@
+"""Commands that show: demo and bench."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
+
+__all__ = ["register"]
+
+ReportOption = Annotated[Path | None, typer.Option(help="Also write the numbers to this file, as JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("demo", rich_help_panel="Showing")(demo)
+    bench = typer.Typer(help="Measurements, each from one run on this machine.", no_args_is_help=True)
+    bench.command("throughput")(throughput)
+    bench.callback()(lambda: None)
+    app.add_typer(bench, name="bench", rich_help_panel="Showing")
+
+
+def demo(
+    report: ReportOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of NAME.train.jsonl to play instead."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of each skill at most.")] = None,
+    kill_at: Annotated[
+        int | None, typer.Option(min=1, help="SIGKILL serve after this many records, and go on.")
+    ] = None,
+    kill_learn_at: Annotated[int | None, typer.Option(min=1, help="The same to learn.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where this run keeps everything; emptied first.")] = Path(
+        ".dylora/demo"
+    ),
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds after which no more records are sent.")
+    ] = 900.0,
+) -> None:
+    """Play a stream of real records through the whole daemon and show what it learned.
+
+    Starts a broker of its own (Apache Kafka where KAFKA_HOME names its folder), serve and learn; skills arrive one after
+    another and come back later, and nothing in a record names its skill. Exit code 1 when a record was lost or repeated.
+    """
+    from rich.console import Console
+
+    from dylora_stream.demo.run import DemoConfig
+    from dylora_stream.demo.run import demo as play
+
+    chosen = DemoConfig(
+        folder=folder,
+        data=data,
+        rows=rows,
+        kill_serve_at=kill_at,
+        kill_learn_at=kill_learn_at,
+        report=report,
+        deadline_s=deadline,
+    )
+    raise typer.Exit(play(chosen, Console()))
+
+
+def throughput(
+    report: ReportOption = None, config: ConfigOption = None, assignments: SetOption = None
+) -> None:
+    """Records a second, Kafka to Kafka, beside the bare backbone on the same records; and the daemon's own CPU a record."""
+    from rich.console import Console
+
+    from dylora_stream.bench.throughput import bench
+
+    bench(settings_from(config, assignments), report, Console())

@@ -1,0 +1,133 @@
+"""Commands that send: produce, replay, score."""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.ops.files import (
+    FileFormat,
+    FileRecord,
+    ReadOptions,
+    count_rows,
+    paced,
+    read_records,
+    timed,
+)
+
+__all__ = ["register"]
+
+FileArgument = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="The file to send.")
+]
+FormatOption = Annotated[
+    FileFormat, typer.Option("--format", help="auto goes by the suffix; lines sends each line as plain text.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to send; all without it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("produce", rich_help_panel="Streams")(produce)
+    app.command("replay", rich_help_panel="Streams")(replay)
+    app.command("score", rich_help_panel="Streams")(score)
+
+
+def produce(
+    file: FileArgument,
+    file_format: FormatOption = FileFormat.AUTO,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Records a second; as fast as it goes without it.")
+    ] = None,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Send in an order drawn from this seed instead of the file's."),
+    ] = None,
+    limit: LimitOption = None,
+    key_field: Annotated[
+        str | None, typer.Option(help="Field that becomes the record's key; equal keys stay in order.")
+    ] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    bootstrap: BootstrapOption = None,
+) -> None:
+    """Send a file's rows to the requests topic: JSONL, CSV, Parquet, or plain lines.
+
+    A row needs `input`; it may have `output` (the right answer: it teaches), `choices`, `id`, `tenant`, `skill`.
+    """
+    from dylora_stream.bootstrap import SystemClock
+
+    options = ReadOptions(format=file_format, key_field=key_field, limit=limit, shuffle_seed=shuffle)
+    records = paced(read_records(file, options), rate, SystemClock(), time.sleep)
+    _send(records, count_rows(file, options), settings_from(config, assignments, bootstrap))
+
+
+def replay(
+    file: FileArgument,
+    file_format: FormatOption = FileFormat.AUTO,
+    speed: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="1 keeps the gaps between the records' times, 10 is ten times as fast, 0 at once."
+        ),
+    ] = 0.0,
+    limit: LimitOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    bootstrap: BootstrapOption = None,
+) -> None:
+    """Send recorded records again, in file order, with their keys, headers and times.
+
+    A row has `value` or `value_base64`, and `key`, `headers`, `timestamp_ms`; a row with `input` is sent as a request.
+    """
+    from dylora_stream.bootstrap import SystemClock
+
+    options = ReadOptions(format=file_format, limit=limit)
+    records: Iterable[FileRecord] = read_records(file, options)
+    if speed > 0:
+        records = timed(records, speed, SystemClock(), time.sleep)
+    _send(records, count_rows(file, options), settings_from(config, assignments, bootstrap))
+
+
+def score(
+    text: Annotated[str, typer.Argument(help="The input to score; - scores each line of standard input.")],
+    tenant: Annotated[str, typer.Option(help="Whose experts to compare with.")] = "default",
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Ask the running serve worker how new an input is; one JSON object a line, nothing is answered or learned.
+
+    A higher score is more novel; p_value is null until an expert is calibrated.
+    """
+    import json
+    from dataclasses import asdict
+
+    from dylora_stream.bootstrap import tools
+
+    settings = settings_from(config, assignments)
+    lines = (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
+    for line in lines:
+        if line.strip():
+            typer.echo(json.dumps(asdict(tools.score(settings, line, tenant))))
+
+
+def _send(records: Iterable[FileRecord], total: int, settings: object) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dylora_stream.bootstrap.tools import sender
+    from dylora_stream.settings import Settings
+
+    assert isinstance(settings, Settings)
+    columns = (TextColumn("sending"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    sent = 0
+    with Progress(*columns, transient=True) as progress, sender(settings) as send:
+        task = progress.add_task("sending", total=total)
+        for record in records:
+            send(record)
+            sent += 1
+            progress.advance(task)
+    typer.echo(f"{sent} records sent")

@@ -1,0 +1,192 @@
+"""What learn remembers: rows, clusters, jobs, expert versions, and the changes that commit them together.
+
+    row:      WAITING ─► CLUSTERED ─► ASSIGNED        cluster:  OPEN ─► TRAINING ─► LEARNED
+              UNLABELLED ─┘ (a late answer)                       ▲        └─► KNOWN | UNLEARNABLE
+                                                                  └── rejected, with a longer buffer
+
+Invariant: a `Changes` is applied whole or not at all, with the positions it was made from and the messages it causes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+from dylora_stream.core.experts import ExpertVersion, Registry
+from dylora_stream.core.messages import OutboundMessage
+from dylora_stream.core.ports import Partition
+
+__all__ = [
+    "Changes",
+    "ClusterRecord",
+    "ClusterState",
+    "JobKind",
+    "JobRecord",
+    "JobState",
+    "Ledger",
+    "LedgerRow",
+    "LedgerState",
+    "LedgerSummary",
+    "RowState",
+]  # fmt: skip
+
+
+class RowState(StrEnum):
+    """Where a row stands on its way into an expert."""
+
+    WAITING = "waiting"  # novel and labelled, its answer's sketch not yet computed
+    UNLABELLED = "unlabelled"  # novel, without a right answer so far
+    CLUSTERED = "clustered"  # in a cluster's buffer
+    ASSIGNED = "assigned"  # belongs to an expert
+    SETTLED = "settled"  # of a skill the backbone already has, or one that cannot be learned
+
+
+class ClusterState(StrEnum):
+    """Where a cluster stands on its way to an expert."""
+
+    OPEN = "open"  # its buffer is filling
+    TRAINING = "training"  # a seeding job has its rows
+    LEARNED = "learned"  # an expert came of it, or took it over
+    KNOWN = "known"  # the backbone alone serves it well
+    UNLEARNABLE = "unlearnable"  # rejected too often
+
+
+class JobKind(StrEnum):
+    """What a child is asked to do."""
+
+    SKETCH = "sketch"  # features of answers, for clustering
+    SEED = "seed"  # a new expert
+    CONSOLIDATE = "consolidate"  # a new version of a served one
+
+
+class JobState(StrEnum):
+    """Where a job stands; anything but RUNNING is final."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRow:
+    """One kept record. `features` (d,) float32; `sketch` (s,) float32 once computed; `expert_id` is its owner."""
+
+    position: str
+    request_id: str | None
+    tenant: str
+    input: str
+    output: str | None
+    choices: tuple[str, ...]
+    reason: str
+    time_ms: int
+    is_correct: bool | None
+    served_by: str | None
+    served_version: int
+    state: RowState
+    features: np.ndarray = field(repr=False)
+    sketch: np.ndarray | None = field(default=None, repr=False)
+    cluster_id: str | None = None
+    expert_id: str | None = None
+    is_trained: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRecord:
+    """One cluster; `rows_wanted` grows with each rejection."""
+
+    cluster_id: str
+    skill_id: str
+    tenant: str
+    state: ClusterState
+    created_ms: int
+    rows_wanted: int
+    rejections: int = 0
+    expert_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One job; `positions` are its rows in order, so that a version's training rows can be listed for ever."""
+
+    job_id: str
+    kind: JobKind
+    tenant: str
+    created_ms: int
+    positions: tuple[str, ...]
+    state: JobState = JobState.RUNNING
+    cluster_id: str | None = None
+    expert_id: str | None = None
+    version: int = 0
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    """What one step decided. Rows, clusters and jobs are upserts by their id."""
+
+    rows: dict[str, LedgerRow] = field(default_factory=dict)
+    clusters: dict[str, ClusterRecord] = field(default_factory=dict)
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
+    versions: list[ExpertVersion] = field(default_factory=list)
+    registry: Registry | None = None
+    messages: list[OutboundMessage] = field(default_factory=list)
+    positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.rows
+            or self.clusters
+            or self.jobs
+            or self.versions
+            or self.registry
+            or self.messages
+            or self.positions
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerState:
+    """Everything a curator needs to go on where the last one stopped."""
+
+    rows: tuple[LedgerRow, ...] = ()
+    clusters: tuple[ClusterRecord, ...] = ()
+    jobs: tuple[JobRecord, ...] = ()  # running ones only
+    registry: Registry = field(default_factory=Registry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerSummary:
+    """Counts for people: rows by state, then one entry a cluster."""
+
+    rows: Mapping[str, int]
+    clusters: tuple[Mapping[str, Any], ...]
+
+
+class Ledger(Protocol):
+    """Learn's memory. One owner; every method blocks until the disk has it. Raises the StoreErrors."""
+
+    def load(self) -> LedgerState:
+        """What was committed so far."""
+
+    def commit(self, changes: Changes) -> None:
+        """Apply all of it, or nothing; messages join the outbox in order."""
+
+    def positions(self) -> dict[Partition, int]:
+        """The next offset to take, a partition."""
+
+    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+        """Messages not yet known to be published, with their sequence numbers, in order."""
+
+    def published(self, sequence: int) -> None:
+        """Messages up to this sequence number are on the broker; forget them."""
+
+    def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
+        """The exact rows that this version was trained on, in the order given to training."""
+
+    def summary(self) -> LedgerSummary:
+        """Counts for people."""
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""

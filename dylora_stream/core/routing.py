@@ -1,0 +1,129 @@
+"""Who answers a row: from router logits and maturities to experts and weights. Pure; scores nothing, learns nothing.
+
+The hybrid rule is the paper's. A mature winner takes its row alone (SPARSE). A nascent winner shares it with the next
+experts and with the backbone, a permanent null expert that has no blocks (DENSE): its weights are young, and a share
+for the backbone limits what a bad one can do. A mature winner with a nascent one close behind shares as well, so that
+a young expert is not starved by an established neighbour. A row far outside of every expert is the backbone's
+(BACKBONE).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dylora_stream.core.messages import Policy
+from dylora_stream.core.statistics import softmax
+
+__all__ = ["NULL_EXPERT", "Routing", "RoutingConfig", "decide", "to_backbone"]
+
+NULL_EXPERT = -1  # the backbone's index among the experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """How rows are shared."""
+
+    method: Literal["hybrid", "closed_form", "base"] = "hybrid"
+    """The gate: the paper's dense-to-sparse hybrid, the closed form alone, or never an expert."""
+
+    top_k: int = 3
+    """Members of a dense row, the backbone among them; at least 2. The paper's two experts, and the null expert."""
+
+    temperature_dense: float = 8.0
+    """Nats of logit difference that count as one. A discriminant in hundreds of dimensions is over-confident: its
+    differences are tens to hundreds of nats."""
+
+    null_share: float = 0.15
+    """The backbone's part of a dense row, in (0, 0.5). A sure router gives the leader 1 - this."""
+
+    close_share: float = 0.2
+    """Posterior (at `temperature_dense`) from which a nascent expert behind a mature winner shares the row, in (0, 0.5]."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("hybrid", "closed_form", "base"):
+            raise ValueError(f"method must be hybrid, closed_form or base, not {self.method!r}")
+        if self.top_k < 2:
+            raise ValueError(f"top_k must be at least 2 (one expert and the backbone), not {self.top_k}")
+        if not self.temperature_dense > 0:
+            raise ValueError(f"temperature_dense must be above 0, not {self.temperature_dense}")
+        if not 0 < self.null_share < 0.5:
+            raise ValueError(f"null_share must lie between 0 and 0.5, not {self.null_share}")
+        if not 0 < self.close_share <= 0.5:
+            raise ValueError(f"close_share must lie in (0, 0.5], not {self.close_share}")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Experts and weights of n rows.
+
+    experts: (n, m) int64, index into the registry's experts, -1 = the backbone. weights: (n, m) float32. Members stand in
+    descending order of weight. Padding is expert -1 with weight 0.
+    Invariant: weights of a row sum to 1; a dense row has at least two members with weight; a sparse row has one.
+    """
+
+    experts: np.ndarray
+    weights: np.ndarray
+    policies: tuple[Policy, ...]
+
+    def __len__(self) -> int:
+        return len(self.policies)
+
+    def members(self, row: int) -> list[tuple[int, float]]:
+        """(expert index, weight) of each member with weight, largest first."""
+        pairs = zip(self.experts[row].tolist(), self.weights[row].tolist(), strict=True)
+        return [(expert, weight) for expert, weight in pairs if weight > 0]
+
+
+def to_backbone(rows: int) -> Routing:
+    """All rows to the bare backbone."""
+    experts = np.full((rows, 1), NULL_EXPERT, dtype=np.int64)
+    return Routing(experts, np.ones((rows, 1), dtype=np.float32), (Policy.BACKBONE,) * rows)
+
+
+def decide(
+    logits: np.ndarray, is_mature: np.ndarray, is_beyond: np.ndarray, allowed: np.ndarray, config: RoutingConfig
+) -> Routing:
+    """The hybrid rule.
+
+    logits: (n, E); is_mature: (E,) bool; is_beyond: (n,) bool, rows outside of every expert; allowed: (n, E) bool, False
+    for other tenants' experts.
+    """
+    rows, experts = logits.shape
+    has_expert = allowed.any(axis=1) & ~is_beyond if experts else np.zeros(rows, dtype=bool)
+    if not has_expert.any():
+        return to_backbone(rows)
+    masked = np.where(allowed, logits, -np.inf)
+    masked[~has_expert] = 0.0
+    posterior = softmax(masked / config.temperature_dense)  # (n, E)
+    winner = masked.argmax(axis=1)
+    nascent_near = np.where(is_mature[None], 0.0, posterior).max(axis=1) >= config.close_share
+    is_sparse = has_expert & is_mature[winner] & ~nascent_near
+    is_dense = has_expert & ~is_sparse
+
+    members, weights = _share(posterior, config)
+    members[is_sparse, 0] = winner[is_sparse]
+    for mask in (is_sparse, ~has_expert):
+        weights[mask] = 0.0
+        weights[mask, 0] = 1.0
+        members[mask, 1:] = NULL_EXPERT
+    members[~has_expert, 0] = NULL_EXPERT
+    policies = np.where(is_dense, Policy.DENSE.value, np.where(is_sparse, Policy.SPARSE.value, Policy.BACKBONE.value))
+    return Routing(members, weights.astype(np.float32), tuple(Policy(policy) for policy in policies.tolist()))
+
+
+def _share(posterior: np.ndarray, config: RoutingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Members (n, top_k) and weights (n, top_k) of dense rows: the best experts and the backbone, by weight."""
+    rows, experts = posterior.shape
+    seats = min(config.top_k - 1, experts)
+    best = np.argsort(-posterior, axis=1, kind="stable")[:, :seats]
+    shares = np.take_along_axis(posterior, best, axis=1)
+    shares = shares / shares.sum(axis=1, keepdims=True) * (1.0 - config.null_share)
+    members = np.full((rows, config.top_k), NULL_EXPERT, dtype=np.int64)
+    weights = np.zeros((rows, config.top_k))
+    members[:, :seats], weights[:, :seats] = best, shares
+    weights[:, seats] = config.null_share
+    order = np.argsort(-weights, axis=1, kind="stable")
+    members, weights = np.take_along_axis(members, order, axis=1), np.take_along_axis(weights, order, axis=1)
+    members[weights == 0] = NULL_EXPERT
+    return members, weights

@@ -1,0 +1,254 @@
+"""The demo from nothing to its table: broker, daemon, stream, a fresh reader's count, the backbone alone beside it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+
+from dylora_stream import bootstrap
+from dylora_stream.core.errors import DyloraError, SettingsError
+from dylora_stream.core.messages import Topic
+from dylora_stream.demo.journal import Journal, Reply, Sent, Task
+from dylora_stream.demo.player import Pace, Player
+from dylora_stream.demo.report import judged, skill_reports, skills_table, totals_table
+from dylora_stream.demo.skills import load_skills
+from dylora_stream.demo.view import View
+from dylora_stream.settings import Settings, load_settings
+
+__all__ = ["DemoConfig", "demo", "read_tasks"]
+
+LONGEST_START_S = 120.0  # of the daemon, until serve says that it is there
+LONGEST_END_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """What the command line says."""
+
+    folder: Path = Path(".dylora/demo")  # emptied at each start
+    data: Path | None = None  # a dataset folder instead of the built-in skills
+    rows: int | None = None  # of each task
+    kill_serve_at: int | None = None
+    kill_learn_at: int | None = None
+    report: Path | None = None
+    deadline_s: float = 900.0
+
+
+def read_tasks(folder: Path, rows: int | None) -> list[Task]:
+    """The tasks of a dataset folder: its NAME.train.jsonl files, in name order, rows in file order."""
+    files = sorted(folder.glob("*.train.jsonl"))
+    if not files:
+        raise SettingsError(
+            f"{folder} is no dataset folder: it has no NAME.train.jsonl (rows of input and output)"
+        )
+    tasks = []
+    for file in files:
+        lines = [json.loads(line) for line in file.read_text().splitlines()[:rows]]
+        pairs = tuple((line["input"], line["output"]) for line in lines if line["input"].strip())
+        tasks.append(Task(name=file.name.removesuffix(".train.jsonl"), rows=pairs))
+    return tasks
+
+
+def demo(config: DemoConfig, console: Console) -> int:
+    """Play it; the exit code: 0 when every record was answered once."""
+    started_s = time.monotonic()
+    if config.data is None:
+        tasks = [Task(name=skill.name, rows=skill.rows[: config.rows]) for skill in load_skills()]
+    else:
+        tasks = read_tasks(config.data, config.rows)
+    shutil.rmtree(config.folder, ignore_errors=True)
+    config.folder.mkdir(parents=True)
+    console.print(f"Data, logs and experts of this run: {config.folder}")
+    bootstrap.fetch_model(load_settings(), console.print)
+    with bootstrap.demo_broker(config.folder / "broker") as servers:
+        console.print(f"Broker: {servers}")
+        overrides = _overrides(config, servers, tasks)
+        settings = load_settings(flags=overrides)
+        bootstrap.create_topics(settings)
+        journal = Journal()
+        view = View(console, tasks, journal)
+        with _Daemon(settings, config.folder) as daemon, bootstrap.Traffic(settings) as wire:
+            traffic = _DemoTraffic(wire, journal, view, daemon)
+            traffic.wait_until_served()
+            pace = Pace(
+                kill_serve_at=config.kill_serve_at,
+                kill_learn_at=config.kill_learn_at,
+                deadline_s=config.deadline_s,
+            )
+            player = Player(tasks, journal, traffic, bootstrap.SystemClock(), pace)
+            with view.showing():
+                player.play(view.tell)
+        count_again(settings, journal)
+        trained = bootstrap.trained_rows(settings)
+    before = _answer_alone(settings, tasks, journal, trained, console.print)
+    reports = skill_reports(tasks, journal, trained, before)
+    experts = {
+        "spawned": journal.events["expert.spawned"],
+        "live": len(journal.live_at),
+        "rejected": journal.events["expert.rejected"],
+        "matured": journal.events["expert.matured"],
+        "consolidated": journal.events["expert.promoted"],
+    }
+    totals = journal.totals()
+    console.print(skills_table(reports), totals_table(totals, experts))
+    wall_s = time.monotonic() - started_s
+    console.print(f"{wall_s:.0f} s in all")
+    if config.report is not None:
+        document = {
+            "skills": [asdict(report) for report in reports],
+            "records": totals,
+            "experts": experts,
+            "wall_s": round(wall_s, 1),
+        }
+        config.report.write_text(json.dumps(document, indent=1) + "\n")
+        console.print(f"Report: {config.report}")
+    return 0 if totals["lost"] == totals["repeated"] == 0 else 1
+
+
+def _overrides(config: DemoConfig, servers: str, tasks: Sequence[Task]) -> list[str]:
+    """Flags of the demo's daemon; everything else is the product's default."""
+    longest = max(len(output) for task in tasks for _, output in task.rows)
+    return [
+        f"kafka.bootstrap_servers={servers}",
+        f"store.folder={config.folder / 'data'}",
+        f"model.folder={bootstrap.model_path(load_settings())}",
+        f"generation.max_new_tokens={24 if longest < 60 else 96}",
+        "http.port=0",
+    ]
+
+
+class _Daemon:
+    """`dylora-stream run` as an operator would start it, its log in a file."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._command = [sys.executable, "-m", "dylora_stream", "run", *settings.arguments]
+        self._data = settings.store.folder
+        self._log = folder / "daemon.log"
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(LONGEST_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def check(self) -> None:
+        """DyloraError with the log's last lines when it has ended."""
+        if self._process.poll() is not None:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            raise DyloraError(
+                f"the daemon ended with code {self._process.returncode}; {self._log} says:\n{tail}"
+            )
+
+    def kill(self, role: str) -> None:
+        """SIGKILL to a role's process; its supervisor starts it again."""
+        os.kill(int((self._data / f"{role}-0.pid").read_text()), signal.SIGKILL)
+
+
+class _DemoTraffic:
+    """`player.Traffic` on the wire, writing the journal."""
+
+    def __init__(self, wire: bootstrap.Traffic, journal: Journal, view: View, daemon: _Daemon) -> None:
+        self._wire = wire
+        self._journal = journal
+        self._view = view
+        self._daemon = daemon
+        self._registries: dict[int, list[str]] = {}
+        self._newest = -1
+
+    def wait_until_served(self) -> None:
+        """Until serve has said that it is there."""
+        end_s = time.monotonic() + LONGEST_START_S
+        while not self._journal.events["worker.started"]:
+            if time.monotonic() > end_s:
+                raise DyloraError("the daemon did not start in time; its log is beside its data")
+            self.hear(0.2)
+
+    def send(self, records: Sequence[tuple[str, str, str]]) -> None:
+        """See the port."""
+        positions = self._wire.send([{"input": text, "output": output} for _, text, output in records])
+        for (task, text, output), position in zip(records, positions, strict=True):
+            order = len(self._journal.sent)
+            self._journal.sent[position] = Sent(
+                task=task, input=text, output=output, position=position, order=order
+            )
+
+    def hear(self, timeout_s: float) -> None:
+        """See the port."""
+        self._daemon.check()
+        for number, experts in self._wire.registries():
+            self._registries[number] = experts
+        for event in self._wire.events():
+            self._journal.heard_event(event.type)
+            self._view.tell_event(event.type, event.entity, dict(event.data))
+        for result in self._wire.results(timeout_s):
+            self._journal.counts[result.position] += 1
+            reply = Reply(
+                output=result.output,
+                expert=result.expert,
+                policy=result.policy,
+                registry=result.registry,
+                is_novel=result.novel,
+            )
+            self._journal.replies.setdefault(result.position, reply)
+            if result.registry > self._newest:
+                self._newest = result.registry
+                self._journal.heard_registry(self._registries.get(result.registry, []))
+        for position in self._wire.dead_letters():
+            self._journal.dead[position] += 1
+
+    def kill(self, role: str) -> None:
+        """See the port."""
+        self._view.tell(f"kill -9 {role}")
+        self._daemon.kill(role)
+
+
+def count_again(settings: Settings, journal: Journal) -> None:
+    """Replace the journal's counts by those of a fresh reader of the whole topics."""
+    journal.counts.clear()
+    journal.dead.clear()
+    for topic, counts in ((Topic.RESULTS, journal.counts), (Topic.DEAD_LETTERS, journal.dead)):
+        counts.update(bootstrap.read_positions(settings, topic))
+
+
+def _answer_alone(
+    settings: Settings,
+    tasks: Sequence[Task],
+    journal: Journal,
+    trained: Mapping[str, Sequence[str]],
+    tell: Callable[[str], None],
+) -> dict[str, bool]:
+    """Position → whether the backbone alone is right, by the better of the raw and the chat prompt of each task."""
+    tell("Measuring the backbone alone on the same records, raw and chat prompt ...")
+    best: dict[str, bool] = {}
+    answer = bootstrap.backbone_alone(settings)
+    for task in tasks:
+        records = judged(task, journal, trained)
+        if not records:
+            continue
+        tries = []
+        for answers in answer([record.input for record in records]):
+            right = [
+                given.strip() == record.output.strip() for given, record in zip(answers, records, strict=True)
+            ]
+            tries.append(right)
+        chosen = max(tries, key=sum)
+        best |= {record.position: right for record, right in zip(records, chosen, strict=True)}
+    return best

@@ -1,0 +1,431 @@
+"""Decides what becomes of every sample: known, waiting, clustered, trained on. Pure but for its own memory.
+
+    take       samples and late answers: a row an expert knows is that expert's; a new one waits for its sketch
+    next_job   the one thing worth a child now: sketches, then a full buffer, then an expert with new rows
+    finish     what a child brought back: sketches are clustered; an expert goes live, or its cluster backs off
+
+Each returns `Changes`, to be committed before anything of it is told to anyone; the curator's memory moves with
+them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
+
+Invariant: a row is in one place: `RowState` says which, `cluster_id` and `expert_id` say whose.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters
+from dylora_stream.core.events import EventType, lifecycle_event
+from dylora_stream.core.experts import Maturity, Registry
+from dylora_stream.core.ledger import (
+    Changes,
+    ClusterRecord,
+    ClusterState,
+    JobKind,
+    JobRecord,
+    JobState,
+    LedgerRow,
+    LedgerState,
+    RowState,
+)
+from dylora_stream.core.messages import Feedback, Sample
+from dylora_stream.core.ports import Clock, Codec, Partition
+from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord, newest_distinct
+
+__all__ = ["Curator", "CuratorConfig", "JobRequest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """A job worth doing now."""
+
+    kind: JobKind
+    tenant: str
+    rows: tuple[LedgerRow, ...]
+    cluster_id: str | None = None
+    expert_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CuratorConfig:
+    """The rules that the curator follows."""
+
+    lifecycle: LifecycleConfig
+    clustering: ClusteringConfig
+
+
+class Curator:
+    """Learn's decisions, one owner a partition."""
+
+    def __init__(
+        self, state: LedgerState, knowledge: Knowledge, codec: Codec, clock: Clock, config: CuratorConfig
+    ) -> None:
+        self._codec = codec
+        self._clock = clock
+        self._rules = config.lifecycle
+        self._clustering = config.clustering
+        self._knowledge = knowledge
+        self.registry: Registry = state.registry
+        self._rows = {row.position: row for row in state.rows}
+        self._clusters = {cluster.cluster_id: cluster for cluster in state.clusters}
+        self._tracks: dict[str, TrackRecord] = {}
+        self._online: dict[str, OnlineClusters] = {}
+        self._consolidate_at: dict[str, int] = {}
+        knowledge.refresh(self.registry)
+        for row in state.rows:
+            self._remember(row)
+
+    # ── take ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def take(
+        self, samples: Sequence[Sample], feedback: Sequence[Feedback], positions: Mapping[Partition, int]
+    ) -> Changes:
+        """New samples and late answers; `positions` is how far the topics were read."""
+        changes = Changes(positions=dict(positions))
+        fresh = {str(sample.position): sample for sample in samples if str(sample.position) not in self._rows}
+        for tenant in sorted({sample.tenant for sample in fresh.values()}):
+            self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
+        for late in feedback:
+            self._label(late, changes)
+        self._promote_mature(changes)
+        return changes
+
+    def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
+        """Rows of one tenant to the expert that knows them, or to the waiting room."""
+        matches = self._knowledge.match(tenant, np.stack([sample.features for sample in samples]))
+        served = {version.expert_id for version in self.registry.experts}
+        for sample, match in zip(samples, matches, strict=True):
+            row = _row(sample)
+            owner = sample.expert if sample.expert in served else match.nearest
+            is_served_well = bool(sample.is_correct) and sample.expert in served
+            if owner is not None and (not match.is_novel or is_served_well):
+                row = replace(row, state=RowState.ASSIGNED, expert_id=owner)
+            else:
+                row = replace(row, state=RowState.UNLABELLED if sample.output is None else RowState.WAITING)
+            self._put(row, changes)
+            self._remember(row)
+
+    def _label(self, late: Feedback, changes: Changes) -> None:
+        """A late answer joins its row; one without a row is reported."""
+        row = self._rows.get(str(late.position)) if late.position else self._by_request(late)
+        if row is None or row.tenant != late.tenant:
+            entity = str(late.position or late.id)
+            self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, {"tenant": late.tenant})
+        elif row.output is None:
+            state = RowState.WAITING if row.state is RowState.UNLABELLED else row.state
+            self._put(replace(row, output=late.output, state=state), changes)
+
+    def _by_request(self, late: Feedback) -> LedgerRow | None:
+        found = (
+            row for row in self._rows.values() if row.request_id == late.id and row.tenant == late.tenant
+        )
+        return next(found, None)
+
+    def _promote_mature(self, changes: Changes) -> None:
+        """Experts whose record is long and good enough take their rows alone from now on."""
+        for version in self.registry.experts:
+            track = self._tracks.get(version.expert_id, TrackRecord())
+            if version.maturity is not Maturity.NASCENT or not track.is_mature(self._rules):
+                continue
+            mature = replace(version, maturity=Maturity.MATURE)
+            self._publish(self.registry.with_expert(mature), [mature.expert_id], changes)
+            numbers = {"rows": track.rows, "accuracy": round(track.accuracy, 4), "version": version.version}
+            self._tell(EventType.EXPERT_MATURED, version.expert_id, "matured", changes, numbers)
+            moved = {"from": "dense", "to": "sparse", **numbers}
+            self._tell(EventType.ROUTING_CHANGED, version.expert_id, "matured", changes, moved)
+
+    # ── next_job ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_job(self) -> JobRequest | None:
+        """The most useful job, or None."""
+        return self._sketch_job() or self._seed_job() or self._consolidation_job()
+
+    def _sketch_job(self) -> JobRequest | None:
+        waiting = sorted(self._in_state(RowState.WAITING), key=lambda row: (row.time_ms, row.position))
+        if not waiting:
+            return None
+        waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
+        if len(waiting) < self._rules.sketch_rows and waited_s < self._rules.sketch_after_s:
+            return None
+        return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=tuple(waiting[:256]))
+
+    def _seed_job(self) -> JobRequest | None:
+        for cluster in self._clusters.values():
+            if cluster.state is not ClusterState.OPEN:
+                continue
+            members = [
+                row for row in self._in_state(RowState.CLUSTERED) if row.cluster_id == cluster.cluster_id
+            ]
+            rows = newest_distinct(members, self._rules.max_seed_rows)
+            if len(rows) < cluster.rows_wanted:
+                continue
+            if self._clusters_of(cluster.tenant).readiness(cluster.cluster_id, cluster.rows_wanted).is_ready:
+                return JobRequest(
+                    kind=JobKind.SEED, tenant=cluster.tenant, rows=tuple(rows), cluster_id=cluster.cluster_id
+                )
+        return None
+
+    def _consolidation_job(self) -> JobRequest | None:
+        for version in self.registry.experts:
+            owned = [row for row in self._in_state(RowState.ASSIGNED) if row.expert_id == version.expert_id]
+            rows = newest_distinct(owned, self._rules.max_consolidate_rows)
+            fresh = sum(not row.is_trained for row in rows)
+            if fresh >= self._consolidate_at.get(version.expert_id, self._rules.rows_to_consolidate):
+                return JobRequest(
+                    kind=JobKind.CONSOLIDATE,
+                    tenant=version.tenant,
+                    rows=tuple(rows),
+                    expert_id=version.expert_id,
+                )
+        return None
+
+    def start(self, request: JobRequest, job_id: str) -> Changes:
+        """The job is about to be submitted."""
+        changes = Changes()
+        served = self.registry.expert(request.expert_id) if request.expert_id else None
+        job = JobRecord(
+            job_id=job_id,
+            kind=request.kind,
+            tenant=request.tenant,
+            created_ms=self._clock.now_ms(),
+            positions=tuple(row.position for row in request.rows),
+            cluster_id=request.cluster_id,
+            expert_id=request.expert_id or (f"e-{job_id[:8]}" if request.kind is JobKind.SEED else None),
+            version=served.version + 1 if served else 1,
+        )
+        changes.jobs[job_id] = job
+        if request.cluster_id is not None:
+            cluster = self._clusters[request.cluster_id]
+            self._put_cluster(replace(cluster, state=ClusterState.TRAINING), changes)
+            self._tell(
+                EventType.BUFFER_READY, cluster.cluster_id, job_id, changes, {"rows": len(request.rows)}
+            )
+        if job.expert_id is not None:
+            data = {"job": job_id, "kind": job.kind, "rows": len(request.rows), "version": job.version}
+            self._tell(EventType.TRAINING_STARTED, job.expert_id, job_id, changes, data)
+        return changes
+
+    # ── finish ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sketched(self, job: JobRecord, sketches: Mapping[str, np.ndarray]) -> Changes:
+        """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
+        changes = Changes()
+        changes.jobs[job.job_id] = replace(job, state=JobState.DONE)
+        for position, sketch in sketches.items():
+            row = self._rows[position]
+            if row.state is RowState.WAITING:
+                self._place(replace(row, sketch=sketch), changes)
+        self._reassign(changes)
+        return changes
+
+    def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:
+        """A training job is done; `registry` holds the new version where the check let it through."""
+        changes = Changes()
+        changes.jobs[job.job_id] = replace(job, state=JobState.DONE, report=report)
+        expert_id = job.expert_id or ""
+        self._tell(
+            EventType.TRAINING_COMPLETED, expert_id, job.job_id, changes, {"job": job.job_id, **report}
+        )
+        if registry is not None:
+            self._go_live(job, report, registry, changes)
+        elif job.kind is JobKind.CONSOLIDATE:
+            wanted = self._consolidate_at.get(expert_id, self._rules.rows_to_consolidate)
+            self._consolidate_at[expert_id] = 2 * wanted
+            self._tell(EventType.EXPERT_REJECTED, expert_id, job.job_id, changes, report)
+        else:
+            self._settle(job, report, changes)
+        return changes
+
+    def failed(self, job: JobRecord, error: str) -> Changes:
+        """A job ended without a result."""
+        changes = Changes()
+        changes.jobs[job.job_id] = replace(job, state=JobState.FAILED, report={"error": error})
+        entity = job.expert_id or job.job_id
+        self._tell(
+            EventType.TRAINING_FAILED, entity, job.job_id, changes, {"job": job.job_id, "error": error}
+        )
+        if job.cluster_id is not None:
+            self._back_off(self._clusters[job.cluster_id], changes)
+        if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
+            wanted = self._consolidate_at.get(job.expert_id, self._rules.rows_to_consolidate)
+            self._consolidate_at[job.expert_id] = 2 * wanted
+        return changes
+
+    def _go_live(
+        self, job: JobRecord, report: Mapping[str, Any], registry: Registry, changes: Changes
+    ) -> None:
+        expert_id = job.expert_id or ""
+        version = registry.expert(expert_id)
+        if version is None:
+            raise ValueError(f"the new registry has no expert {expert_id}")
+        changes.versions.append(version)
+        self._publish(registry, [expert_id], changes)
+        kind = EventType.EXPERT_SPAWNED if job.kind is JobKind.SEED else EventType.EXPERT_PROMOTED
+        self._tell(kind, expert_id, job.job_id, changes, {"version": version.version, **report})
+        owned = set(job.positions)
+        if job.cluster_id is not None:
+            cluster = self._clusters[job.cluster_id]
+            self._put_cluster(replace(cluster, state=ClusterState.LEARNED, expert_id=expert_id), changes)
+            owned |= {row.position for row in self._rows.values() if row.cluster_id == job.cluster_id}
+        trained = set(job.positions)
+        for position in sorted(owned):
+            self._assign(self._rows[position], expert_id, changes, is_trained=position in trained)
+        self._consolidate_at.pop(expert_id, None)
+        self._knowledge.refresh(registry)
+        self._reassign(changes)
+
+    def _settle(self, job: JobRecord, report: Mapping[str, Any], changes: Changes) -> None:
+        """A cluster that needs no expert of its own, or did not earn one."""
+        cluster = self._clusters[job.cluster_id or ""]
+        decision, neighbour = report["decision"], report.get("with")
+        members = [row for row in self._rows.values() if row.cluster_id == cluster.cluster_id]
+        if decision in ("drift", "confused") and self.registry.expert(neighbour or "") is not None:
+            self._put_cluster(replace(cluster, state=ClusterState.LEARNED, expert_id=neighbour), changes)
+            for row in members:
+                self._assign(row, neighbour, changes)
+            merged = {"into": neighbour, "reason": decision, "rows": len(members)}
+            self._tell(EventType.CLUSTER_MERGED, cluster.cluster_id, job.job_id, changes, merged)
+        elif decision == "known_to_backbone":
+            self._put_cluster(replace(cluster, state=ClusterState.KNOWN), changes)
+            self._retire_rows(members, changes)
+        else:
+            self._tell(EventType.EXPERT_REJECTED, job.expert_id or "", job.job_id, changes, report)
+            self._back_off(cluster, changes)
+
+    def _back_off(self, cluster: ClusterRecord, changes: Changes) -> None:
+        rejections = cluster.rejections + 1
+        if rejections < self._rules.max_rejections:
+            wanted = self._rules.rows_after_rejection(cluster.rows_wanted)
+            again = replace(cluster, state=ClusterState.OPEN, rejections=rejections, rows_wanted=wanted)
+            self._put_cluster(again, changes)
+            return
+        self._put_cluster(replace(cluster, state=ClusterState.UNLEARNABLE, rejections=rejections), changes)
+        self._tell(
+            EventType.CLUSTER_UNLEARNABLE,
+            cluster.cluster_id,
+            "unlearnable",
+            changes,
+            {"attempts": rejections},
+        )
+        self._retire_rows(
+            [row for row in self._rows.values() if row.cluster_id == cluster.cluster_id], changes
+        )
+
+    # ── rows, clusters and the registry ──────────────────────────────────────────────────────────────────────────────
+
+    def _place(self, row: LedgerRow, changes: Changes) -> None:
+        """A sketched row into its cluster."""
+        placement = self._clusters_of(row.tenant).place(row.position, row.features, row.sketch, row.time_ms)
+        if placement.cluster_id not in self._clusters:
+            cluster = ClusterRecord(
+                cluster_id=placement.cluster_id,
+                skill_id=f"s-{placement.cluster_id}",
+                tenant=row.tenant,
+                state=ClusterState.OPEN,
+                created_ms=row.time_ms,
+                rows_wanted=self._rules.rows_to_seed,
+            )
+            self._put_cluster(cluster, changes)
+            self._tell(
+                EventType.CLUSTER_CREATED, cluster.cluster_id, row.position, changes, {"tenant": row.tenant}
+            )
+        self._put(replace(row, state=RowState.CLUSTERED, cluster_id=placement.cluster_id), changes)
+        for source, target in placement.merged:
+            self._merge(source, target, row.position, changes)
+        cluster = self._clusters[placement.cluster_id]
+        if cluster.state in (ClusterState.KNOWN, ClusterState.UNLEARNABLE):
+            self._retire_rows([self._rows[row.position]], changes)
+
+    def _merge(self, source: str, target: str, cause: str, changes: Changes) -> None:
+        for row in [row for row in self._rows.values() if row.cluster_id == source]:
+            self._put(replace(row, cluster_id=target), changes)
+        self._tell(EventType.CLUSTER_MERGED, source, cause, changes, {"into": target})
+
+    def _reassign(self, changes: Changes) -> None:
+        """Waiting rows that the newest experts know are theirs."""
+        training = {key for key, cluster in self._clusters.items() if cluster.state is ClusterState.TRAINING}
+        waiting = [
+            row
+            for state in (RowState.WAITING, RowState.UNLABELLED, RowState.CLUSTERED)
+            for row in self._in_state(state)
+            if row.cluster_id not in training
+        ]
+        for tenant in sorted({row.tenant for row in waiting}):
+            rows = [row for row in waiting if row.tenant == tenant]
+            for row, match in zip(
+                rows, self._knowledge.match(tenant, np.stack([row.features for row in rows])), strict=True
+            ):
+                if match.nearest is not None and not match.is_novel:
+                    self._assign(row, match.nearest, changes)
+
+    def _assign(
+        self, row: LedgerRow, expert_id: str | None, changes: Changes, *, is_trained: bool = False
+    ) -> None:
+        self._clusters_of(row.tenant).forget([row.position])
+        owned = replace(
+            row, state=RowState.ASSIGNED, expert_id=expert_id, is_trained=row.is_trained or is_trained
+        )
+        self._put(owned, changes)
+
+    def _retire_rows(self, rows: Iterable[LedgerRow], changes: Changes) -> None:
+        for row in rows:
+            self._put(replace(row, state=RowState.SETTLED), changes)
+
+    def _publish(self, registry: Registry, expert_ids: Sequence[str], changes: Changes) -> None:
+        """Manifests first, the registry last: whoever reads the registry finds what it names."""
+        self.registry = changes.registry = registry
+        for expert_id in expert_ids:
+            version = registry.expert(expert_id)
+            if version is not None:
+                changes.messages.append(self._codec.encode_manifest(version))
+        changes.messages.append(self._codec.encode_registry(registry))
+
+    def _tell(
+        self, kind: EventType, entity: str, cause: str, changes: Changes, data: Mapping[str, Any]
+    ) -> None:
+        event = lifecycle_event(kind, entity, cause, self._clock.now_ms(), data)
+        changes.messages.append(self._codec.encode_event(event))
+
+    def _put(self, row: LedgerRow, changes: Changes) -> None:
+        self._rows[row.position] = changes.rows[row.position] = row
+
+    def _put_cluster(self, cluster: ClusterRecord, changes: Changes) -> None:
+        self._clusters[cluster.cluster_id] = changes.clusters[cluster.cluster_id] = cluster
+
+    def _in_state(self, state: RowState) -> list[LedgerRow]:
+        return [row for row in self._rows.values() if row.state is state]
+
+    def _clusters_of(self, tenant: str) -> OnlineClusters:
+        if tenant not in self._online:
+            self._online[tenant] = OnlineClusters(self._clustering, np.random.default_rng(0))
+        return self._online[tenant]
+
+    def _remember(self, row: LedgerRow) -> None:
+        """What a stored row means for clusters and track records."""
+        if row.state is RowState.CLUSTERED and row.cluster_id is not None:
+            self._clusters_of(row.tenant).restore(
+                row.position, row.features, row.sketch, row.time_ms, row.cluster_id
+            )
+        if row.is_correct is not None and row.served_by is not None:
+            self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)
+
+
+def _row(sample: Sample) -> LedgerRow:
+    return LedgerRow(
+        position=str(sample.position),
+        request_id=sample.id,
+        tenant=sample.tenant,
+        input=sample.input,
+        output=sample.output,
+        choices=sample.choices,
+        reason=sample.reason,
+        time_ms=sample.timestamp_ms,
+        is_correct=sample.is_correct,
+        served_by=sample.expert,
+        served_version=sample.version,
+        state=RowState.WAITING,
+        features=sample.features,
+    )

@@ -1,0 +1,168 @@
+"""Job folders, and the child process that works through them.
+
+A job is a folder: `job.json` (what to do), `rows.jsonl` (with what), and, once done, `result/`. Its name is the digest
+of rows, recipe, seed, threads and backbone, so the same job asked for twice is the same folder, and a result that is
+already there is taken as it is. The child is exec'd, never forked, into a session of its own, niced, with one thread
+fewer than the machine has cores; it stays between jobs (importing torch takes seconds), and ends when its standard
+input closes, so it cannot outlive this process.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from dylora_stream.core.ledger import LedgerRow
+from dylora_stream.core.ports import JobUpdate
+
+__all__ = ["ChildProcess", "job_digest", "read_report", "write_job"]
+
+log = structlog.get_logger(__name__)
+
+
+def job_digest(description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> str:
+    """16 hex digits over what the job's result depends on."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
+    for row in rows:
+        digest.update(json.dumps([row.position, row.input, row.output, row.choices]).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Path:
+    """The job's folder, written aside and renamed; one that is there already is kept with its result."""
+    folder = root / job_id
+    if (folder / "job.json").exists():
+        return folder
+    aside = root / f".{job_id}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    (aside / "job.json").write_text(json.dumps({"id": job_id, **description}, indent=1, default=str))
+    lines = (json.dumps(_row_document(row)) for row in rows)
+    (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    aside.rename(folder)
+    return folder
+
+
+def _row_document(row: LedgerRow) -> dict[str, Any]:
+    return {
+        "position": row.position,
+        "input": row.input,
+        "output": row.output,
+        "choices": row.choices,
+        "is_new": not row.is_trained,
+    }
+
+
+def read_report(result: Path) -> dict[str, Any]:
+    """The `report.json` of a result folder."""
+    report: dict[str, Any] = json.loads((result / "report.json").read_text())
+    return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildConfig:
+    """How the child is started."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    niceness: int = 10
+
+
+class ChildProcess:
+    """`core.ports.Child` as a resident subprocess; started at the first job, and again after it died."""
+
+    def __init__(self, config: ChildConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+        self._job: str | None = None
+
+    def submit(self, folder: Path) -> None:
+        """See the port."""
+        if self._job is not None:
+            raise RuntimeError(f"job {self._job} is still running")
+        process = self._alive() or self._start()
+        self._job = folder.name
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # its death is reported by `updates`
+                process.stdin.write(f"{folder}\n")
+                process.stdin.flush()
+
+    def updates(self) -> list[JobUpdate]:
+        """See the port."""
+        found = []
+        while not self._lines.empty():
+            pid, line = self._lines.get()
+            if self._process is None or pid != self._process.pid or self._job is None:
+                continue
+            if line is None:
+                code = self._process.wait()
+                found.append(JobUpdate(job=self._job, error=f"the child process ended with code {code}"))
+                self._process = self._job = None
+            elif (update := _parse(line)) is not None and update.job == self._job:
+                found.append(update)
+                if update.progress is None:
+                    self._job = None
+        return found
+
+    @property
+    def is_idle(self) -> bool:
+        """See the port."""
+        return self._job is None
+
+    def close(self) -> None:
+        """See the port."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+
+    def _alive(self) -> subprocess.Popen[str] | None:
+        return self._process if self._process is not None and self._process.poll() is None else None
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            self._config.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **self._config.environment},
+        )
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, self._config.niceness)
+        self._process = process
+        threading.Thread(target=self._read, args=(process,), daemon=True, name="child-output").start()
+        log.info("child_started", pid=process.pid)
+        return process
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        if process.stdout is not None:
+            for line in process.stdout:
+                self._lines.put((process.pid, line))
+        self._lines.put((process.pid, None))
+
+
+def _parse(line: str) -> JobUpdate | None:
+    """One line of the child; None for anything a library printed in between."""
+    try:
+        said = json.loads(line)
+        result = said.get("result")
+        return JobUpdate(
+            job=said["job"],
+            progress=said.get("progress"),
+            result=None if result is None else Path(result),
+            error=said.get("error"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

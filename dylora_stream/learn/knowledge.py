@@ -1,0 +1,70 @@
+"""What the served experts know, as learn sees it: is a row one of theirs?
+
+Serve scored a row against the registry it had; by the time the row arrives here a new expert may have gone live. So
+learn asks again, with the newest statistics: rows that waited for an expert find it, and nothing is learned twice.
+`score` only; what is called novel never moves the statistics that called it so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dylora_stream.core.experts import ExpertVersion, Registry
+from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer
+from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
+
+__all__ = ["Knowledge", "LoadStatistics", "Match"]
+
+LoadStatistics = Callable[[ExpertVersion], ExpertStatistics]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The nearest expert of a row, and whether the row is novel to all of them."""
+
+    nearest: str | None
+    is_novel: bool
+
+
+class Knowledge:
+    """Novelty against the newest registry; rebuilt when an expert's files change."""
+
+    def __init__(
+        self, load: LoadStatistics, index: IndexFactory, config: NoveltyConfig, seed: int = 0
+    ) -> None:
+        self._load = load
+        self._index = index
+        self._config = config
+        self._seed = seed
+        self._loaded: dict[str, ExpertStatistics] = {}
+        self._statistics: list[ExpertStatistics] = []
+        self._scorer: NoveltyScorer | None = None
+
+    def refresh(self, registry: Registry) -> None:
+        """Score against these expert versions from now on. Raises ExpertCorrupt."""
+        fresh = {version.storage.sha256: version for version in registry.experts}
+        self._loaded = {
+            sha256: self._loaded[sha256] if sha256 in self._loaded else self._load(version)
+            for sha256, version in fresh.items()
+        }
+        self._statistics = [self._loaded[version.storage.sha256] for version in registry.experts]
+        if not self._statistics:
+            self._scorer = None
+            return
+        discriminant = LinearDiscriminant.fit(self._statistics)
+        rng = np.random.default_rng(self._seed)
+        self._scorer = NoveltyScorer.fit(self._statistics, discriminant, self._index, self._config, rng)
+
+    def match(self, tenant: str, features: np.ndarray) -> list[Match]:
+        """features: (n, d) float32 of one tenant's rows → one match a row; all novel while nothing is known."""
+        allowed = np.array([statistics.tenant == tenant for statistics in self._statistics])
+        if self._scorer is None or not allowed.any():
+            return [Match(None, True)] * len(features)
+        scores = self._scorer.score(features, np.tile(allowed, (len(features), 1)))
+        nearest: Sequence[int] = scores.nearest.tolist()
+        return [
+            Match(self._statistics[expert].expert_id, bool(novel) or not np.isfinite(p_value))
+            for expert, novel, p_value in zip(nearest, scores.is_novel, scores.p_value, strict=True)
+        ]

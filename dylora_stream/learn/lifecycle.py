@@ -1,0 +1,76 @@
+"""When a buffer is trained, when an expert is trained again, when it is mature. Pure rules and their numbers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dylora_stream.core.ledger import LedgerRow
+
+__all__ = ["LifecycleConfig", "TrackRecord", "newest_distinct"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleConfig:
+    """The numbers of an expert's life. Rows are distinct and labelled wherever they are counted."""
+
+    rows_to_seed: int = 80  # a cluster's buffer is ready; a fifth of them is held out for the check
+    max_seed_rows: int = 160  # newest ones, when more have gathered
+    sketch_rows: int = 16  # novel rows that make a sketch job worth its child
+    sketch_after_s: float = 4.0  # ... or the oldest has waited this long
+    rows_to_consolidate: int = 64  # new rows of an expert since it was last trained
+    max_consolidate_rows: int = 256  # its old rows among them
+    rows_to_mature: int = 40  # answered since the expert went live, with a right answer to compare
+    mature_accuracy: float = 0.5  # share of those answered exactly right
+    max_rejections: int = 3  # then the cluster is unlearnable
+    rejection_backoff: float = 1.5  # a rejected cluster's buffer grows by this factor
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rows_to_seed",
+            "sketch_rows",
+            "rows_to_consolidate",
+            "rows_to_mature",
+            "max_rejections",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_seed_rows < self.rows_to_seed:
+            raise ValueError(f"max_seed_rows must be at least rows_to_seed ({self.rows_to_seed})")
+        if not 0 <= self.mature_accuracy <= 1:
+            raise ValueError(f"mature_accuracy must lie between 0 and 1, not {self.mature_accuracy}")
+        if self.rejection_backoff <= 1:
+            raise ValueError(f"rejection_backoff must be above 1, not {self.rejection_backoff}")
+
+    def rows_after_rejection(self, rows_wanted: int) -> int:
+        """How many rows a cluster must have before the next attempt."""
+        return int(rows_wanted * self.rejection_backoff) + 1
+
+
+@dataclass(slots=True)
+class TrackRecord:
+    """Prequential record of one expert: rows it answered before anyone told it the right answer."""
+
+    rows: int = 0
+    correct: int = 0
+
+    def add(self, *, is_correct: bool) -> None:
+        """One more row with a right answer to compare."""
+        self.rows += 1
+        self.correct += is_correct
+
+    @property
+    def accuracy(self) -> float:
+        """Share answered exactly right; 0 before the first row."""
+        return self.correct / self.rows if self.rows else 0.0
+
+    def is_mature(self, config: LifecycleConfig) -> bool:
+        """Enough rows, enough of them right. Age plays no part."""
+        return self.rows >= config.rows_to_mature and self.accuracy >= config.mature_accuracy
+
+
+def newest_distinct(rows: Iterable[LedgerRow], limit: int) -> list[LedgerRow]:
+    """The newest labelled rows with distinct inputs, at most `limit`, oldest first."""
+    ordered = sorted(
+        (row for row in rows if row.output is not None), key=lambda row: (row.time_ms, row.position)
+    )
+    newest = {row.input: row for row in ordered}
+    return sorted(newest.values(), key=lambda row: (row.time_ms, row.position))[-limit:]

@@ -1,0 +1,359 @@
+"""The learn loop: samples in, decisions and outbox in one DuckDB transaction, outbox to Kafka, jobs to the child.
+
+The order of a step:
+
+    1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
+    2  the curator decides about new records; rows, decisions, positions and outbox commit together
+    3  what the child said is decided about and committed the same way
+    4  the next job's folder is written, its start committed, and then the child is told
+    5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
+    6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
+
+After a crash the number read from Kafka says which outbox entries are out already, so each message is sent once.
+Torch is never imported here; all that needs the backbone is the child's.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+from safetensors.numpy import load_file
+
+from dylora_stream.core.errors import BadRecord, TransactionAborted
+from dylora_stream.core.events import EventType, lifecycle_event
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
+from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
+from dylora_stream.core.messages import Feedback, RawRecord, Sample
+from dylora_stream.core.ports import (
+    Checkpoint,
+    Child,
+    Clock,
+    Codec,
+    ExpertStore,
+    JobUpdate,
+    Partition,
+    Sink,
+    Source,
+)
+from dylora_stream.core.recipes import Recipe
+from dylora_stream.learn.curator import Curator, JobRequest
+from dylora_stream.learn.jobs import job_digest, read_report, write_job
+
+__all__ = ["LearnConfig", "LearnMetrics", "LearnPorts", "LearnService", "Training"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnConfig:
+    """How learn takes its records and runs its child."""
+
+    batch_records: int = 256  # most samples of one DuckDB transaction
+    poll_timeout_s: float = 0.25  # how long an idle poll blocks
+    threads: int = 1  # of the child; with serve on the same two cores, one
+    niceness: int = 10  # of the child, 0 to 19
+    seed: int = 0  # of every job, with its rows
+
+    def __post_init__(self) -> None:
+        if self.batch_records < 1 or self.threads < 1:
+            raise ValueError("batch_records and threads must be at least 1")
+        if not 0 <= self.niceness <= 19:
+            raise ValueError(f"niceness must lie between 0 and 19, not {self.niceness}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What every training job carries: recipes, the check's numbers, and whose model it is."""
+
+    seeding: Recipe
+    consolidation: Recipe
+    check: Mapping[str, float]
+    backbone: str
+    feature_space: str
+    prompt_template: str
+    rank: int
+
+
+class LearnMetrics(Protocol):
+    """What the loop tells the operator's metrics."""
+
+    def polled(self) -> None:
+        """The source was asked."""
+
+    def sampled(self, samples: Sequence[Sample]) -> None:
+        """Samples were committed."""
+
+    def job_ended(self, kind: str, outcome: str) -> None:
+        """A job has its end."""
+
+    def aborted(self) -> None:
+        """A transaction did not happen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnPorts:
+    """What the loop is wired to."""
+
+    source: Source
+    sink: Sink
+    ledger: Ledger
+    child: Child
+    store: ExpertStore
+    codec: Codec
+    clock: Clock
+    metrics: LearnMetrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnFolders:
+    """Where jobs lie, and which topic carries feedback."""
+
+    jobs: Path
+    feedback_topic: str
+
+
+class LearnService:
+    """Runs until it is told to drain."""
+
+    def __init__(
+        self,
+        ports: LearnPorts,
+        curator: Curator,
+        config: LearnConfig,
+        training: Training,
+        folders: LearnFolders,
+    ) -> None:
+        self._ports = ports
+        self._curator = curator
+        self._config = config
+        self._training = training
+        self._folders = folders
+        self._positions: dict[Partition, int] = {}
+        self._resume: deque[JobRecord] = deque()
+        self._running: JobRecord | None = None
+        self._progress_told = 0.0
+        self.is_ready = False
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Finish the step at hand, then leave `run`. Callable from a signal handler."""
+        self._is_draining = True
+
+    def run(self) -> None:
+        """Learn until drained; a BrokerError or StoreError ends it."""
+        self.recover()
+        self.is_ready = True
+        log.info("worker_started", role="learn", experts=len(self._curator.registry.experts))
+        while not self._is_draining:
+            self.step()
+        self.is_ready = False
+        self._ports.child.close()
+        log.info("worker_stopped", role="learn")
+
+    def recover(self) -> None:
+        """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again."""
+        note = self._ports.source.committed_note()
+        if note:
+            self._ports.ledger.published(int(note))
+        self._positions = self._ports.ledger.positions()
+        self._resume.extend(self._ports.ledger.load().jobs)
+
+    def step(self) -> int:
+        """One round, 1 to 6; returns how many records it took."""
+        batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
+        self._ports.metrics.polled()
+        self._take(batch.records, batch.checkpoint)
+        for update in self._ports.child.updates():
+            self._hear(update)
+        if self._running is None and self._ports.child.is_idle:
+            self._start_next()
+        self._publish(batch.checkpoint)
+        return len(batch.records)
+
+    # ── 2: records ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _take(self, records: Sequence[RawRecord], checkpoint: Checkpoint) -> None:
+        fresh = [record for record in records if record.position.offset >= self._next_offset(record)]
+        samples: list[Sample] = []
+        feedback: list[Feedback] = []
+        for record in fresh:
+            try:
+                if record.position.topic == self._folders.feedback_topic:
+                    feedback.append(self._ports.codec.decode_feedback(record))
+                else:
+                    samples.append(self._ports.codec.decode_sample(record))
+            except BadRecord as error:
+                log.warning("sample_unreadable", position=str(record.position), reason=error.reason)
+        if fresh or any(self._positions.get(key, 0) < offset for key, offset in checkpoint.offsets.items()):
+            ahead = {
+                key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
+            }
+            usable = [sample for sample in samples if sample.feature_space == self._training.feature_space]
+            self._ports.ledger.commit(self._curator.take(usable, feedback, ahead))
+            self._positions |= ahead
+            self._ports.metrics.sampled(usable)
+
+    def _next_offset(self, record: RawRecord) -> int:
+        return self._positions.get((record.position.topic, record.position.partition), 0)
+
+    # ── 3: what the child says ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _hear(self, update: JobUpdate) -> None:
+        job = self._running
+        if job is None or update.job != job.job_id:
+            return
+        if update.progress is not None:
+            self._tell_progress(job, update.progress)
+            return
+        self._running = None
+        if update.result is None:
+            log.warning("training_failed", job=job.job_id, kind=job.kind, reason=update.error)
+            self._ports.ledger.commit(self._curator.failed(job, update.error or "no result"))
+            self._ports.metrics.job_ended(job.kind, "failed")
+        else:
+            self._ports.ledger.commit(self._finish(job, update.result))
+
+    def _tell_progress(self, job: JobRecord, progress: Mapping[str, Any]) -> None:
+        """An event a quarter of the way; every step in the log, at debug."""
+        log.debug("training_progress", job=job.job_id, **progress)
+        share = float(progress.get("step", 0)) / max(float(progress.get("steps", 0)), 1.0)
+        if job.expert_id is None or share < self._progress_told + 0.25:
+            return
+        self._progress_told = share
+        cause = f"{job.job_id}:{progress.get('step')}"
+        now_ms = self._ports.clock.now_ms()
+        event = lifecycle_event(
+            EventType.TRAINING_PROGRESS, job.expert_id, cause, now_ms, {"job": job.job_id, **progress}
+        )
+        self._ports.ledger.commit(Changes(messages=[self._ports.codec.encode_event(event)]))
+
+    def _finish(self, job: JobRecord, result: Path) -> Changes:
+        if job.kind is JobKind.SKETCH:
+            sketches = load_file(result / "sketches.safetensors")["sketches"]
+            return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
+        report = read_report(result)
+        decision = str(report["decision"])
+        self._ports.metrics.job_ended(job.kind, decision)
+        log.info("training_completed", job=job.job_id, kind=job.kind, expert=job.expert_id, decision=decision)
+        registry = self._new_registry(job, report, result) if decision == "promoted" else None
+        return self._curator.trained(job, report, registry)
+
+    def _new_registry(self, job: JobRecord, report: Mapping[str, Any], result: Path) -> Registry:
+        """The registry with the job's version in it; its files are in the store before anyone hears of them."""
+        served = self._curator.registry.expert(job.expert_id or "")
+        skill_id = served.skill_id if served else f"s-{job.cluster_id}"
+        version = ExpertVersion(
+            expert_id=job.expert_id or "",
+            skill_id=skill_id,
+            version=job.version,
+            parent=served.version if served else None,
+            storage=self._ports.store.put(result / "expert"),
+            maturity=served.maturity if served else Maturity.NASCENT,
+            tenant=job.tenant,
+            lora_config=report.get("lora_config", {}),
+            trained_on={
+                "job": job.job_id,
+                "rows": len(job.positions),
+                "rows_sha256": report.get("rows_sha256", ""),
+            },
+            metrics={
+                key: value
+                for key, value in report.get("heldout", {}).items()
+                if isinstance(value, int | float)
+            },
+            prompt_template=self._training.prompt_template,
+        )
+        router = self._ports.store.put(result / "router") if (result / "router").is_dir() else None
+        return replace(
+            self._curator.registry.with_expert(version),
+            router=router or self._curator.registry.router,
+            feature_space=self._training.feature_space,
+            backbone=self._training.backbone,
+        )
+
+    # ── 4: the next job ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_next(self) -> None:
+        if self._resume:
+            self._take_up(self._resume.popleft())
+            return
+        request = self._curator.next_job()
+        if request is None:
+            return
+        description = self._describe(request)
+        job_id = job_digest(description, request.rows)
+        changes = self._curator.start(request, job_id)
+        job = changes.jobs[job_id]
+        named = {"expert_id": job.expert_id, "version": job.version}
+        folder = write_job(self._folders.jobs, job_id, description | named, request.rows)
+        self._ports.ledger.commit(changes)
+        self._submit(job, folder)
+
+    def _take_up(self, job: JobRecord) -> None:
+        """A job that a former process left: its result if there is one, the same folder again, or its failure."""
+        folder = self._folders.jobs / job.job_id
+        if (folder / "result" / "report.json").exists() or (folder / "job.json").exists():
+            self._submit(job, folder)
+        else:
+            self._ports.ledger.commit(self._curator.failed(job, "its folder is gone"))
+
+    def _submit(self, job: JobRecord, folder: Path) -> None:
+        log.info(
+            "training_started", job=job.job_id, kind=job.kind, expert=job.expert_id, rows=len(job.positions)
+        )
+        self._running, self._progress_told = job, 0.0
+        self._ports.child.submit(folder)
+
+    def _describe(self, request: JobRequest) -> dict[str, Any]:
+        """All that the job's result depends on, besides its rows."""
+        registry = self._curator.registry
+        recipe = (
+            self._training.consolidation if request.kind is JobKind.CONSOLIDATE else self._training.seeding
+        )
+        served = registry.expert(request.expert_id) if request.expert_id else None
+        return {
+            "kind": request.kind,
+            "tenant": request.tenant,
+            "parent": served.version if served else None,
+            "skill_id": served.skill_id if served else f"s-{request.cluster_id}",
+            "seed": self._config.seed,
+            "threads": self._config.threads,
+            "recipe": asdict(recipe),
+            "rank": self._training.rank,
+            "check": dict(self._training.check),
+            "backbone": self._training.backbone,
+            "registry": {
+                "experts": [
+                    {
+                        "expert_id": version.expert_id,
+                        "version": version.version,
+                        "folder": str(self._ports.store.open(version.storage)),
+                        "maturity": version.maturity,
+                        "tenant": version.tenant,
+                    }
+                    for version in registry.experts
+                ],
+                "router": str(self._ports.store.open(registry.router)) if registry.router else None,
+            },
+        }
+
+    # ── 5, 6: the outbox ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _publish(self, checkpoint: Checkpoint) -> None:
+        pending = self._ports.ledger.outbox()
+        if not pending or checkpoint.group is None:
+            return
+        last = pending[-1][0]
+        offsets = dict(checkpoint.offsets) or dict(self._positions)
+        try:
+            marked = Checkpoint(offsets=offsets, group=checkpoint.group, note=str(last))
+            self._ports.sink.publish([message for _, message in pending], marked)
+        except TransactionAborted as error:
+            log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
+            self._ports.metrics.aborted()
+            self._ports.source.rewind()
+            return
+        self._ports.ledger.published(last)

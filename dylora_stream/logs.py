@@ -1,0 +1,122 @@
+"""Logs: one line an event, on stderr, JSON for machines and colour for people.
+
+The event's name is a constant in snake case, listed with its meaning in `EVENTS`; a test compares the list with the
+code. `FIELDS` stand first and always mean the same. What a record says is never logged above debug: `hide_payload`
+takes it out even where somebody forgot. Lines of the standard library's loggers (kafka, transformers) go through the
+same formatter.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+
+import structlog
+
+__all__ = ["EVENTS", "FIELDS", "LogConfig", "configure_logs"]
+
+FIELDS = ("time", "level", "event", "instance", "position", "expert", "version", "job", "trace_id")
+
+PAYLOAD_FIELDS = frozenset({"answer", "input", "output", "payload", "text", "value"})
+
+EVENTS = {
+    "dead_lettered": "records of a batch could not be answered and went to the dead letters",
+    "event_dropped": "a worker's own event could not be published; nothing depends on it",
+    "registry_activated": "another set of experts is served from here on",
+    "settings_loaded": "the effective settings, once, at the start",
+    "transaction_aborted": "nothing of a batch happened; its records are taken again",
+    "worker_started": "a role takes records",
+    "worker_stopped": "a role has finished what it had and left",
+}
+
+Level = Literal["debug", "info", "warning", "error"]
+EventDict = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What is logged, and how it looks."""
+
+    level: Level = "info"
+    """Least severity of our own lines; debug may show what records say."""
+
+    libraries: Level = "warning"
+    """Least severity of the libraries' lines (kafka, transformers, ...)."""
+
+    format: Literal["auto", "json", "pretty"] = "auto"
+    """auto: pretty on a terminal, JSON elsewhere."""
+
+
+def configure_logs(config: LogConfig, instance: str, stream: TextIO | None = None) -> None:
+    """Send structlog's and the standard library's lines to `stream` (stderr), one formatter for both."""
+    target = stream or sys.stderr
+    is_pretty = config.format == "pretty" or (config.format == "auto" and target.isatty())
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(_formatter(is_pretty=is_pretty))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(config.libraries.upper())
+    logging.getLogger("dylora_stream").setLevel(config.level.upper())
+    logging.captureWarnings(capture=True)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_shared_processors(),
+            hide_payload,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.bind_contextvars(instance=instance)
+
+
+def hide_payload(_logger: object, method: str, event: EventDict) -> EventDict:
+    """Take out the fields that say what a record says, unless the line is for debugging."""
+    if method != "debug":
+        for name in PAYLOAD_FIELDS & event.keys():
+            event[name] = "(hidden)"
+    return event
+
+
+def fixed_fields_first(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """`FIELDS` in their order, then the others in theirs."""
+    known = {name: event[name] for name in FIELDS if name in event}
+    return known | {name: value for name, value in event.items() if name not in known}
+
+
+def _shared_processors() -> list[structlog.typing.Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        structlog.processors.StackInfoRenderer(),
+    ]
+
+
+def _formatter(*, is_pretty: bool) -> structlog.stdlib.ProcessorFormatter:
+    """JSON carries an exception as text in the field `exception`; the pretty one prints it below the line."""
+    drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if is_pretty:
+        last: list[structlog.typing.Processor] = [drop, structlog.dev.ConsoleRenderer(timestamp_key="time")]
+    else:
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        last = [drop, structlog.processors.format_exc_info, fixed_fields_first, renderer]
+    foreign: list[structlog.typing.Processor] = [
+        *_shared_processors(),
+        structlog.stdlib.ExtraAdder(),
+        _name_logger,
+    ]
+    return structlog.stdlib.ProcessorFormatter(processors=last, foreign_pre_chain=foreign)
+
+
+def _name_logger(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """A library's line is the event `library_line`, so that event names stay a closed list."""
+    record = event.get("_record")
+    event["logger"] = record.name if isinstance(record, logging.LogRecord) else "unknown"
+    event["message"] = event.get("event", "")
+    event["event"] = "library_line"
+    return event

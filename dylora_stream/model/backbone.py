@@ -1,0 +1,295 @@
+"""The frozen language model, its tokenizer, and where the stem ends.
+
+Any Hugging Face causal language model: the decoder layers are found as the longest ModuleList of its body, linear
+layers as `Linear` and GPT-2's `Conv1D`. Nothing here changes a weight. Rows are padded on the left, so that answers
+end where generation goes on; padding is known by the attention mask alone (pad and end token are the same id in SmolLM2).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from dylora_stream.core.errors import ModelError, ModelNotFound, SettingsError
+from dylora_stream.model.config import ModelConfig
+from dylora_stream.model.fetch import explain_load_error, fetch_backbone, is_model_folder
+
+__all__ = [
+    "DEFAULT_TEMPLATE", "IGNORED", "Backbone", "PromptTemplate", "Tokens", "capture_input", "fetch_backbone",
+    "linear_shape", "load_backbone",
+]  # fmt: skip
+
+DEFAULT_TEMPLATE = "{input}\n\nAnswer: "
+IGNORED = -100  # label of a position that is not part of an answer
+DIGESTED = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """How an input becomes a prompt. Part of every expert's manifest.
+
+    Blanks at the template's end belong to the answer, because tokenizers join a blank with the word behind it.
+    """
+
+    text: str = DEFAULT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        if self.text.count("{input}") != 1:
+            raise ValueError(f"the prompt template must contain {{input}} exactly once: {self.text!r}")
+
+    def render(self, text: str) -> str:
+        """The prompt of one input."""
+        before, after = self.text.split("{input}")
+        return before + text + after.rstrip(" ")
+
+    def target(self, output: str) -> str:
+        """The answer's text as the model has to write it."""
+        after = self.text.split("{input}")[1]
+        return after[len(after.rstrip(" ")) :] + output.strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """A left-padded batch. All (B, T) int64; `labels` is IGNORED outside the answers."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a forward pass takes."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+    def answer_positions(self) -> Tensor:
+        """(B, T) bool: the positions whose next token belongs to an answer, i.e. where logits are needed."""
+        needed = torch.zeros_like(self.labels, dtype=torch.bool)
+        needed[:, :-1] = self.labels[:, 1:] != IGNORED
+        return needed
+
+    def answer_ids(self) -> Tensor:
+        """(answer tokens,) int64, row by row: the labels behind `answer_positions`."""
+        return self.labels[self.labels != IGNORED]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backbone:
+    """A loaded, frozen model. `digest` names weights, configuration and tokenizer together."""
+
+    model: Any
+    tokenizer: Any
+    stem_layers: int
+    digest: str
+    name: str
+    dtype: torch.dtype
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+    has_plain_head: bool = True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def body(self) -> Any:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> nn.Module:
+        """The projection onto the vocabulary."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return _decoder_layers(self.body)
+
+    @property
+    def width(self) -> int:
+        """Numbers of one hidden state."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self.tokenizer.eos_token_id)
+
+    def upper_linears(self) -> dict[str, nn.Module]:
+        """Full name → linear layer above the stem, in the model's order: what experts adapt."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        upper = [module for layer in list(self.layers)[self.stem_layers :] for module in layer.modules()]
+        return {names[id(module)]: module for module in upper if isinstance(module, nn.Linear | Conv1D)}
+
+    def prompt_ids(self, inputs: Sequence[str]) -> list[list[int]]:
+        """Token ids of the rendered prompts; a leading special token only where the tokenizer adds one."""
+        if not inputs:
+            return []
+        prompts = [self.template.render(text) for text in inputs]
+        ids: list[list[int]] = self.tokenizer(prompts)["input_ids"]
+        return [row if row else [self.eos_id] for row in ids]
+
+    def target_ids(self, outputs: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers, each ended by the end token."""
+        if not outputs:
+            return []
+        targets = [self.template.target(output) for output in outputs]
+        ids: list[list[int]] = self.tokenizer(targets, add_special_tokens=False)["input_ids"]
+        return [[*row, self.eos_id] for row in ids]
+
+    def pad(self, prompts: Sequence[list[int]], targets: Sequence[list[int]] | None = None) -> Tokens:
+        """Left-padded tensors on the model's device of prompts and, if given, the answers behind them."""
+        answers = targets if targets is not None else [[] for _ in prompts]
+        length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        ids, mask, labels = [], [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            gap = length - len(prompt) - len(answer)
+            ids.append([self.eos_id] * gap + prompt + answer)
+            mask.append([0] * gap + [1] * (length - gap))
+            labels.append([IGNORED] * (length - len(answer)) + answer)
+        mask_tensor = torch.tensor(mask, device=self.device)
+        return Tokens(
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=mask_tensor,
+            position_ids=(mask_tensor.cumsum(-1) - 1).clamp(min=0),
+            labels=torch.tensor(labels, device=self.device),
+        )
+
+    def encode(self, inputs: Sequence[str], outputs: Sequence[str] | None = None) -> Tokens:
+        """Tokens of raw inputs (the template is applied here) and, if given, their answers."""
+        return self.pad(self.prompt_ids(inputs), None if outputs is None else self.target_ids(outputs))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, up to the end token, without blanks at its ends."""
+        kept = list(ids)
+        if self.eos_id in kept:
+            kept = kept[: kept.index(self.eos_id)]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+
+    def answer_logits(self, tokens: Tokens) -> Tensor:
+        """(answer tokens, V) logits at the answers' positions only; the head costs 40 % of a body pass over all."""
+        if self.has_plain_head:
+            states = self.body(**tokens.inputs(), use_cache=False)[0]
+            logits: Tensor = self.head(states[tokens.answer_positions()])
+            return logits
+        longest = int((tokens.labels != IGNORED).sum(1).max())
+        logits = self.model(**tokens.inputs(), use_cache=False, logits_to_keep=longest + 1).logits
+        return logits[tokens.answer_positions()[:, -(longest + 1) :]]
+
+
+def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
+    """Load the model in `folder` (else `config.folder`, else `config.name` as a folder), frozen and in evaluation mode.
+
+    Never downloads: `fetch_backbone` does. Raises ModelNotFound and SettingsError with what to do.
+    """
+    place = folder or config.folder or Path(config.name)
+    if not is_model_folder(place):
+        raise ModelNotFound(
+            f"no model in {place}: it needs config.json and model.safetensors; "
+            "run `dylora-stream model fetch`, or set model.folder to a folder that has them"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype(config.dtype, device)
+    transformers_logging.disable_progress_bar()
+    trust = config.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=trust, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise explain_load_error(place, error) from error
+    model.to(device).eval().requires_grad_(False)
+    _check(model, tokenizer, config)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        stem_layers=config.stem_layers,
+        digest=folder_digest(place),
+        name=config.name,
+        dtype=dtype,
+        has_plain_head=_has_plain_head(model),
+    )
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto` → bfloat16 where the device multiplies it natively, else float32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer; Conv1D keeps its weight transposed."""
+    rows, columns = module.weight.shape
+    return (int(rows), int(columns)) if isinstance(module, Conv1D) else (int(columns), int(rows))
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and contents of the files that determine what the model computes."""
+    whole = hashlib.sha256()
+    for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern) if path.is_file()}):
+        with path.open("rb") as file:
+            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+@contextmanager
+def capture_input(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the hidden states ((B, T, d), one a call) that reach a decoder layer."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _decoder_layers(body: nn.Module) -> nn.ModuleList:
+    """The longest ModuleList of the body."""
+    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(body).__name__} has no list of decoder layers: it cannot be split into stem and pool")
+    return max(lists, key=len)
+
+
+def _check(model: Any, tokenizer: Any, config: ModelConfig) -> None:
+    layers = len(_decoder_layers(model.base_model))
+    if config.stem_layers >= layers:
+        raise SettingsError(
+            f"model.stem_layers is {config.stem_layers}, but {config.name} has {layers} layers: "
+            f"set it between 1 and {layers - 1} (a quarter of the layers measured best)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {config.name} has no end token: an answer could not end")
+
+
+@torch.no_grad()
+def _has_plain_head(model: Any) -> bool:
+    """Whether the model's logits are head(body states) and nothing else."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    states = model.base_model(input_ids=ids, use_cache=False)[0]
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(model.get_output_embeddings()(states), logits)

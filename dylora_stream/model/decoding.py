@@ -1,0 +1,129 @@
+"""Greedy decoding and the ranking of choices, on the gates of the pass that is under way.
+
+A short loop instead of `model.generate`: it drops rows that have ended, and carries no logits processors. Both
+functions run inside `LiveExperts.serving`: their first forward pass routes, later ones keep the gates, row by row.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dylora_stream.model.backbone import Backbone, Tokens
+from dylora_stream.model.mixture import Pool
+
+__all__ = ["generate", "rank_choices"]
+
+DROP_SHARE = (
+    0.25  # of the rows still in the batch; fewer ended ones are carried, as cutting a cache copies it
+)
+CHOICE_ROWS = 64  # rows of one pass over choices: bounds the copies of prompts' caches
+
+
+@torch.no_grad()
+def generate(backbone: Backbone, pool: Pool, tokens: Tokens, max_new_tokens: int) -> list[list[int]]:
+    """New token ids of each row, the likeliest each time, up to the end token (left out) or `max_new_tokens`."""
+    written: list[list[int]] = [[] for _ in range(len(tokens.input_ids))]
+    rows = list(range(len(written)))  # of the batch's current rows
+    is_open = [True] * len(written)
+    mask, position = tokens.attention_mask, tokens.position_ids[:, -1:]
+    last, cache = _prefill(backbone, tokens)
+    for step in range(max_new_tokens):
+        following = last.argmax(-1)  # (B,)
+        for row, token in zip(rows, following.tolist(), strict=True):
+            if is_open[row] and token == backbone.eos_id:
+                is_open[row] = False
+            elif is_open[row]:
+                written[row].append(token)
+        kept = [place for place, row in enumerate(rows) if is_open[row]]
+        if not kept or step == max_new_tokens - 1:
+            break
+        if len(rows) - len(kept) >= DROP_SHARE * len(rows):
+            index = torch.tensor(kept, device=mask.device)
+            rows = [rows[place] for place in kept]
+            mask, position, following = mask[index], position[index], following[index]
+            cache.batch_select_indices(index)
+            pool.keep_rows(index)
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        position = position + 1
+        last = backbone.model(
+            input_ids=following[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    return written
+
+
+@torch.no_grad()
+def rank_choices(
+    backbone: Backbone, pool: Pool, tokens: Tokens, choices: Sequence[Sequence[str]]
+) -> list[int]:
+    """The likeliest choice of each row: mean log-likelihood of its tokens, end token included; ties go to the first."""
+    targets = backbone.target_ids([choice for row in choices for choice in row])
+    owners = [row for row, row_choices in enumerate(choices) for _ in row_choices]
+    last, cache = _prefill(backbone, tokens)
+    first = last.float().log_softmax(-1)  # (B, V): the choices' first tokens need no pass of their own
+    scores: list[float] = []
+    for start in range(0, len(targets), CHOICE_ROWS):
+        part = targets[start : start + CHOICE_ROWS]
+        index = torch.tensor(owners[start : start + CHOICE_ROWS], device=tokens.input_ids.device)
+        sums = first[index, torch.tensor([target[0] for target in part], device=index.device)]
+        with pool.rows(index):
+            sums += _following(backbone, tokens, _expanded(cache, index), (part, index))
+        scores += (sums / torch.tensor([len(target) for target in part], device=index.device)).tolist()
+    best, place = [], 0
+    for row_choices in choices:
+        mine = scores[place : place + len(row_choices)]
+        best.append(mine.index(max(mine)))
+        place += len(row_choices)
+    return best
+
+
+def _following(
+    backbone: Backbone, tokens: Tokens, cache: Any, answers: tuple[Sequence[list[int]], Tensor]
+) -> Tensor:
+    """(n,) float32 summed log-likelihood of targets behind their first token. answers: targets, and the row of each."""
+    targets, index = answers
+    length = max(len(target) for target in targets) - 1
+    device = index.device
+    if length == 0:
+        return torch.zeros(len(targets), device=device)
+    fed = torch.tensor([target[:-1] + [0] * (length + 1 - len(target)) for target in targets], device=device)
+    sizes = torch.tensor([len(target) - 1 for target in targets], device=device)
+    is_fed = torch.arange(length, device=device) < sizes[:, None]  # (n, length); padding on the right
+    inputs = {
+        "input_ids": fed,
+        "attention_mask": torch.cat(
+            [tokens.attention_mask[index], is_fed.to(tokens.attention_mask.dtype)], dim=1
+        ),
+        "position_ids": tokens.position_ids[index, -1:] + 1 + torch.arange(length, device=device),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if backbone.has_plain_head:
+        logits = backbone.head(backbone.body(**inputs)[0][is_fed])
+    else:
+        logits = backbone.model(**inputs).logits[is_fed]
+    wanted = torch.tensor([token for target in targets for token in target[1:]], device=device)
+    each = -nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    owner = torch.arange(len(targets), device=device).repeat_interleave(sizes)
+    return torch.zeros(len(targets), device=device).index_add(0, owner, each)
+
+
+def _prefill(backbone: Backbone, tokens: Tokens) -> tuple[Tensor, Any]:
+    """((B, V) logits behind the prompts, the cache)."""
+    output = backbone.model(**tokens.inputs(), use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1], output.past_key_values
+
+
+def _expanded(cache: Any, index: Tensor) -> Any:
+    """Rows of a cache, in a new one; the old one stays as it is."""
+    fresh = copy.copy(cache)
+    fresh.layers = [copy.copy(layer) for layer in cache.layers]  # selecting rows replaces a layer's tensors
+    fresh.batch_select_indices(index)
+    return fresh

@@ -1,0 +1,136 @@
+"""Features: fixed functions of backbone, text and answer, never of experts or routing.
+
+- stem features: the mean of the stem's output over a prompt's tokens, without the first one (its norm is 7 × the
+  others' and encodes length). Read in the same pass that answers (serve) or with the stem alone (children).
+- answer sketch: the gradient of the answer's loss with respect to the head, without a backward pass. At answer position
+  t it is the outer product of Wᵀ(softmax − one-hot) with the state h_t; each factor goes through a fixed random projection,
+  the two are multiplied element by element and averaged over the answer (a product sketch, as TRAK 2303.14186 and LESS
+  2402.04333 project per-example gradients). Normalised to length 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dylora_stream.model.backbone import Backbone, Tokens
+
+__all__ = [
+    "FEATURE_VERSION", "SKETCH_SIZE", "LabelledText", "answer_sketches", "feature_space", "length_sorted", "read_stem",
+    "stem_features", "stem_states",
+]  # fmt: skip
+
+FEATURE_VERSION = 1  # changes whenever a number below or the pooling changes
+SKETCH_SIZE = 512  # numbers of an answer sketch
+SKETCH_SEED = 20_240_229  # of the two projections: part of FEATURE_VERSION
+BATCH = 16  # rows of one pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledText:
+    """An input with its right answer."""
+
+    input: str
+    output: str
+
+
+class _StemRead(Exception):
+    """Ends a forward pass at the end of the stem, with the states that reached it."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def feature_space(backbone: Backbone) -> str:
+    """The name of the space that features of this backbone live in; equal names mean comparable features."""
+    return f"stem{backbone.stem_layers}-v{FEATURE_VERSION}-{backbone.digest[:12]}"
+
+
+def stem_features(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, d) float32: masked mean of states (B, T, d) over the mask (B, T), the first real token left out.
+
+    A text of a single token keeps it.
+    """
+    kept = mask.bool() & (mask.cumsum(-1) != 1)
+    kept |= mask.bool() & (mask.sum(-1, keepdim=True) == 1)
+    weights = kept.float()
+    return torch.einsum("bt,btd->bd", weights, states.float()) / weights.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+@torch.no_grad()
+def stem_states(backbone: Backbone, tokens: Tokens) -> Tensor:
+    """(B, T, d): the stem's output, computed without the layers above it."""
+
+    def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _StemRead(args[0] if args else kwargs["hidden_states"])
+
+    handle = backbone.layers[backbone.stem_layers].register_forward_pre_hook(leave, with_kwargs=True)
+    try:
+        backbone.body(**tokens.inputs(), use_cache=False)
+    except _StemRead as read:
+        return read.states
+    finally:
+        handle.remove()
+    raise AssertionError("the body ran past its own layers")
+
+
+def read_stem(backbone: Backbone, inputs: Sequence[str]) -> np.ndarray:
+    """(n, d) float32 stem features of raw inputs, in their order."""
+    features = np.zeros((len(inputs), backbone.width), dtype=np.float32)
+    prompts = backbone.prompt_ids(inputs)
+    for chosen in length_sorted([len(prompt) for prompt in prompts], BATCH):
+        tokens = backbone.pad([prompts[row] for row in chosen])
+        features[chosen] = stem_features(stem_states(backbone, tokens), tokens.attention_mask).cpu().numpy()
+    return features
+
+
+@torch.no_grad()
+def answer_sketches(
+    backbone: Backbone, rows: Sequence[LabelledText], progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """(n, SKETCH_SIZE) float32 sketches of the answers' loss gradients under the bare backbone, each of length 1."""
+    sketches = np.zeros((len(rows), SKETCH_SIZE), dtype=np.float32)
+    prompts = backbone.prompt_ids([row.input for row in rows])
+    targets = backbone.target_ids([row.output for row in rows])
+    project_gradient, project_state = _projections(backbone.width, backbone.device)
+    lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
+    done = 0
+    for chosen in length_sorted(lengths, BATCH):
+        tokens = backbone.pad([prompts[row] for row in chosen], [targets[row] for row in chosen])
+        states, gradients = _head_gradients(backbone, tokens)
+        products = (gradients @ project_gradient) * (states @ project_state)  # (answer tokens, SKETCH_SIZE)
+        counts = [len(targets[row]) for row in chosen]
+        means = torch.stack([part.mean(0) for part in products.split(counts)])
+        sketches[chosen] = nn.functional.normalize(means, dim=-1).cpu().numpy()
+        done += len(chosen)
+        if progress is not None:
+            progress(done, len(rows))
+    return sketches
+
+
+def length_sorted(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Row numbers in batches of near-equal length, short ones first; the same lengths give the same batches."""
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def _head_gradients(backbone: Backbone, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """(states h_t, d loss / d h_t), each (answer tokens, d) float32: Wᵀ(softmax − one-hot)."""
+    states = backbone.body(**tokens.inputs(), use_cache=False)[0][tokens.answer_positions()]
+    errors = torch.softmax(backbone.head(states).float(), dim=-1)
+    ids = tokens.answer_ids()
+    errors[torch.arange(len(ids), device=ids.device), ids] -= 1.0
+    weight = backbone.head.weight
+    return states.float(), (errors.to(weight.dtype) @ weight).float()
+
+
+def _projections(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two fixed Gaussian projections (d, SKETCH_SIZE), the same in every process."""
+    rng = np.random.default_rng(SKETCH_SEED)
+    first, second = (rng.standard_normal((width, SKETCH_SIZE), dtype=np.float32) for _ in range(2))
+    scale = np.float32(width**-0.5)
+    return torch.from_numpy(first * scale).to(device), torch.from_numpy(second * scale).to(device)

@@ -1,0 +1,174 @@
+"""The experts that are live: their adapters in the pool's slots, their router, and the routed forward pass.
+
+Serve uses it through the answerer; a training child uses it to check a new expert under the gates it is served with.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from dylora_stream.core.errors import ExpertCorrupt, ModelMismatch
+from dylora_stream.core.routing import Routing
+from dylora_stream.core.statistics import ExpertStatistics
+from dylora_stream.model.adapters import Adapter, load_adapter
+from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
+from dylora_stream.model.config import PoolConfig
+from dylora_stream.model.features import feature_space
+from dylora_stream.model.mixture import BACKBONE_SLOT, Pool, StemHook, StemOutput
+from dylora_stream.model.network import RouterNetwork
+from dylora_stream.model.router import Routed, Router, RouterParts
+
+__all__ = ["LiveExperts", "LoadedExpert", "Pass", "read_expert", "read_features"]
+
+STATISTICS = "statistics.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedExpert:
+    """One version of an expert in memory. features: (n, d) float32 stem features of its training rows."""
+
+    expert_id: str
+    version: int
+    adapter: Adapter = field(repr=False)
+    features: np.ndarray = field(repr=False)
+    is_mature: bool = False
+    tenant: str = "default"
+    source: str = ""
+    """Digest of the folder it came from: the same source need not be read again."""
+
+    @property
+    def name(self) -> str:
+        """`id/version`, as logs show it."""
+        return f"{self.expert_id}/{self.version}"
+
+
+@dataclass(slots=True)
+class Pass:
+    """One routed batch; `routed` and `features` (B, d) are there once the stem has run."""
+
+    routed: Routed | None = None
+    features: np.ndarray | None = None
+
+
+def read_features(folder: Path) -> np.ndarray:
+    """(n, d) float32 training features of an expert's folder. Raises ExpertCorrupt."""
+    try:
+        features: np.ndarray = load_file(folder / STATISTICS)["features"].astype(np.float32, copy=False)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ExpertCorrupt(
+            f"{folder / STATISTICS} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if features.ndim != 2 or not len(features) or not np.isfinite(features).all():
+        raise ExpertCorrupt(f"{folder / STATISTICS} holds no usable features (shape {features.shape})")
+    return features
+
+
+def read_expert(folder: Path, expert_id: str, version: int) -> LoadedExpert:
+    """An expert from its folder. Raises ExpertCorrupt."""
+    return LoadedExpert(
+        expert_id=expert_id, version=version, adapter=load_adapter(folder), features=read_features(folder)
+    )
+
+
+class LiveExperts:
+    """Experts in slots behind one router. `install` swaps all of it between batches; not thread-safe."""
+
+    def __init__(self, backbone: Backbone, pool: PoolConfig, parts: RouterParts) -> None:
+        self.backbone = backbone
+        self.feature_space = feature_space(backbone)
+        self.pool = Pool(backbone, pool)
+        self.hook = StemHook(backbone)
+        self._parts = parts
+        self._experts: tuple[LoadedExpert, ...] = ()
+        self._router = Router((), None, parts)
+        self._slots = np.zeros(0, dtype=np.int64)  # of each expert
+
+    @property
+    def experts(self) -> tuple[LoadedExpert, ...]:
+        """What is live, in the order of routing's indices."""
+        return self._experts
+
+    @property
+    def router(self) -> Router:
+        """The router of the live experts."""
+        return self._router
+
+    def check(self, expert: LoadedExpert) -> None:
+        """Whether an expert fits backbone and pool. Raises ModelMismatch."""
+        self.pool.check(expert.adapter)
+        if expert.features.shape[1] != self.backbone.width:
+            raise ModelMismatch(
+                f"{expert.name} has features of another backbone: {expert.features.shape[1]} numbers"
+            )
+
+    def install(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None = None) -> None:
+        """Make exactly these experts live. Everything that can fail comes first; slots change last.
+
+        An expert that is live already keeps its slot, and its blocks are not written again.
+        """
+        if len(experts) > self.pool.slots:
+            raise ModelMismatch(
+                f"{len(experts)} experts do not fit into {self.pool.slots} slots: raise pool.slots"
+            )
+        for expert in experts:
+            self.check(expert)
+        router = Router([_statistics(expert) for expert in experts], network, self._parts)
+        held = {id(old.adapter): int(slot) for old, slot in zip(self._experts, self._slots, strict=True)}
+        kept = {id(expert.adapter) for expert in experts} & held.keys()
+        free = [slot for slot in range(1, self.pool.slots + 1) if slot not in {held[key] for key in kept}]
+        slots = []
+        for expert in experts:
+            if id(expert.adapter) not in kept:
+                self.pool.write(free[0], expert.adapter)
+            slots.append(held[id(expert.adapter)] if id(expert.adapter) in kept else free.pop(0))
+        self._experts, self._router, self._slots = tuple(experts), router, np.array(slots, dtype=np.int64)
+
+    @contextmanager
+    def serving(self, prompt_mask: Tensor, tenants: Sequence[str]) -> Iterator[Pass]:
+        """In it, the next forward pass is routed at its stem by the tokens of `prompt_mask` (B, T), once."""
+        current, allowed = Pass(), self._router.allowed(tenants)
+
+        def decide(stem: StemOutput) -> None:
+            current.features = stem.features.cpu().numpy()
+            current.routed = self._router.route(stem, allowed)
+            self.pool.set_gates(*self.gates(current.routed.routing))
+
+        try:
+            with self.hook.routing(prompt_mask, decide):
+                yield current
+        finally:
+            self.pool.no_gates()
+
+    def gates(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """(slots (B, m) int64, weights (B, m) float32) of a routing."""
+        return self.slots_of(routing.experts), torch.from_numpy(routing.weights)
+
+    def slots_of(self, experts: np.ndarray) -> Tensor:
+        """Slots of experts' indices, -1 being the backbone; int64 in the shape given."""
+        return torch.from_numpy(np.append(self._slots, BACKBONE_SLOT)[experts])
+
+    def gate(self, tenant: str) -> Callable[[list[int], Tokens], AbstractContextManager[Pass]]:
+        """The gates as served, for `training.score_rows`: routed by the prompts alone, answers unseen."""
+
+        def enter(chosen: list[int], tokens: Tokens) -> AbstractContextManager[Pass]:
+            return self.serving(tokens.attention_mask * (tokens.labels == IGNORED), [tenant] * len(chosen))
+
+        return enter
+
+    def close(self) -> None:
+        """Take every hook off the backbone. May be called twice."""
+        self.pool.close()
+        self.hook.close()
+
+
+def _statistics(expert: LoadedExpert) -> ExpertStatistics:
+    return ExpertStatistics(
+        expert_id=expert.expert_id, rows=expert.features, tenant=expert.tenant, is_mature=expert.is_mature
+    )

@@ -1,0 +1,82 @@
+"""The router: from the stem's output to experts, weights and novelty, in the pass that answers.
+
+It is built whole from the experts' raw rows, because each new expert moves the pooled covariance of all: discriminant,
+modes and calibration are fitted together, and the same registry gives the same router on every worker. Routing changes
+nothing in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
+from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.routing import Routing
+from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
+from dylora_stream.model.gates import Gate, Scene
+from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.network import RouterNetwork
+
+__all__ = ["Routed", "Router", "RouterParts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterParts:
+    """What every router of a process is built with."""
+
+    gate: Gate
+    novelty: NoveltyConfig
+    index_factory: IndexFactory
+    seed: int = 0
+    """Of the calibration's folds: the same on every worker, so that they agree on what is novel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A batch's routing and novelty."""
+
+    routing: Routing
+    scores: NoveltyScores
+
+
+class Router:
+    """Discriminant, network and novelty scorer of one registry; immutable."""
+
+    def __init__(
+        self, statistics: Sequence[ExpertStatistics], network: RouterNetwork | None, parts: RouterParts
+    ) -> None:
+        self._tenants = np.array([expert.tenant for expert in statistics], dtype=object)
+        self._is_mature = np.array([expert.is_mature for expert in statistics], dtype=bool)
+        self._network, self._gate = network, parts.gate
+        distinct_rows = [
+            ExpertStatistics(
+                expert_id=e.expert_id, rows=distinct(e.rows), tenant=e.tenant, is_mature=e.is_mature
+            )
+            for e in statistics
+        ]
+        self.discriminant = LinearDiscriminant.fit(distinct_rows) if distinct_rows else None
+        rng = np.random.default_rng(parts.seed)
+        self._scorer = NoveltyScorer.fit(
+            distinct_rows, self.discriminant, parts.index_factory, parts.novelty, rng
+        )
+
+    def allowed(self, tenants: Sequence[str]) -> np.ndarray:
+        """(B, E) bool: a tenant's experts serve that tenant alone."""
+        return np.array(tenants, dtype=object)[:, None] == self._tenants[None]
+
+    def route(self, stem: StemOutput, allowed: np.ndarray) -> Routed:
+        """Who answers each row, and how new it is."""
+        scores = self.score(stem.features.cpu().numpy(), allowed)
+        scene = Scene(
+            allowed=allowed,
+            is_beyond=scores.is_beyond,
+            is_mature=self._is_mature,
+            discriminant=self.discriminant,
+            network=self._network,
+        )
+        return Routed(self._gate.decide(stem, scene), scores)
+
+    def score(self, features: np.ndarray, allowed: np.ndarray) -> NoveltyScores:
+        """Novelty alone, of features (B, d) float32."""
+        return self._scorer.score(features, allowed)

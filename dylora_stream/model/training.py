@@ -1,0 +1,289 @@
+"""Training one expert on a frozen backbone.
+
+Three savings, none of which changes the result: logits are computed at answer positions only; the stem's output of a row
+is computed once and kept (where that is proved equal on the first batch, else every pass is whole); the backbone's
+weights take no gradient. Same rows, recipe, seed and thread count give the same bits.
+
+Invariant: the backbone's weights are bit-identical afterwards, and no hook stays behind.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dylora_stream.core.errors import TrainingFailed
+from dylora_stream.core.recipes import Recipe, rate_at, steps_of
+from dylora_stream.model.adapters import Adapter
+from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
+from dylora_stream.model.features import LabelledText, length_sorted, stem_states
+
+__all__ = ["RowScores", "Trained", "attached", "row_losses", "score_rows", "train_expert"]
+
+STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
+SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
+SCORE_BATCH = 16  # rows of one scoring pass
+
+Progress = Callable[[int, int, float], None]
+Gate = Callable[[list[int], Tokens], AbstractContextManager[Any]]
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """An adapter and how it came about. `losses`: one a step, mean over the batch's answer tokens."""
+
+    adapter: Adapter
+    losses: tuple[float, ...]
+    rows: int
+    seconds: float
+    is_stem_cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScores:
+    """How well right answers are predicted. All (n,): mean loss a token, and whether greedy decoding would give exactly
+    the answer (every token is the likeliest one given the right ones before it)."""
+
+    losses: np.ndarray
+    is_exact: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    prompt: list[int]
+    target: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+def train_expert(
+    backbone: Backbone,
+    rows: Sequence[LabelledText],
+    recipe: Recipe,
+    *,
+    seed: int,
+    start: Adapter | None = None,
+    progress: Progress | None = None,
+    may_cache_stem: bool = True,
+) -> Trained:
+    """Train an expert from nothing, or on from `start`. Raises TrainingFailed when no row is usable or the loss is lost."""
+    began = time.perf_counter()
+    usable = [row for row in _tokenised(backbone, rows) if len(row) <= recipe.max_row_tokens]
+    if not usable:
+        raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
+    order = np.random.default_rng(seed)
+    pairs, scale = _initial(backbone, recipe, start, seed)
+    optimizer = _optimizer(pairs, recipe)
+    steps = steps_of(len(usable), recipe)
+    losses: list[float] = []
+    stem = _StemCache.proved(backbone, usable) if may_cache_stem else None
+    with attached(backbone, pairs, scale), stem or nullcontext(), torch.enable_grad():
+        for chosen in _batches(usable, recipe, order):
+            _set_rate(optimizer, rate_at(len(losses), steps, recipe), recipe)
+            tokens = _padded(backbone, [usable[row] for row in chosen])
+            if stem is not None:
+                stem.put(chosen, tokens)
+            losses.append(_step(backbone, tokens, optimizer, recipe))
+            if progress is not None:
+                progress(len(losses), steps, losses[-1])
+    if not np.isfinite(losses).all():
+        raise TrainingFailed(f"the loss was lost after {int(np.isfinite(losses).sum())} of {steps} steps: lower the rate")
+    adapter = _adapter(pairs, scale)
+    seconds = time.perf_counter() - began
+    return Trained(
+        adapter=adapter, losses=tuple(losses), rows=len(usable), seconds=seconds, is_stem_cached=stem is not None
+    )
+
+
+def row_losses(backbone: Backbone, rows: Sequence[LabelledText], adapter: Adapter | None = None) -> np.ndarray:
+    """(n,) float32 mean loss of each row's answer tokens, under the backbone or one adapter alone."""
+    return score_rows(backbone, rows, adapter).losses
+
+
+@torch.no_grad()
+def score_rows(
+    backbone: Backbone, rows: Sequence[LabelledText], adapter: Adapter | None = None, gate: Gate | None = None
+) -> RowScores:
+    """Losses and exactness of rows under the backbone, one adapter alone, or whatever `gate` sets up for a batch.
+
+    Batches depend on the rows alone, so that two calls are comparable row by row in bfloat16 too. `gate(row numbers,
+    tokens)` is entered around the forward pass of each batch.
+    """
+    tokenised = _tokenised(backbone, rows)
+    losses = np.zeros(len(rows), dtype=np.float32)
+    is_exact = np.zeros(len(rows), dtype=bool)
+    with attached(backbone, adapter.tensors if adapter else {}, 1.0):
+        for chosen in length_sorted([len(row) for row in tokenised], SCORE_BATCH):
+            tokens = _padded(backbone, [tokenised[row] for row in chosen])
+            with gate(chosen, tokens) if gate else nullcontext():
+                logits = backbone.answer_logits(tokens).float()
+            ids, counts = tokens.answer_ids(), [len(tokenised[row].target) for row in chosen]
+            each = nn.functional.cross_entropy(logits, ids, reduction="none").split(counts)
+            hits = (logits.argmax(-1) == ids).split(counts)
+            losses[chosen] = [float(part.mean()) for part in each]
+            is_exact[chosen] = [bool(part.all()) for part in hits]
+    return RowScores(losses=losses, is_exact=is_exact)
+
+
+@contextmanager
+def attached(backbone: Backbone, pairs: Pairs, scale: float) -> Iterator[None]:
+    """Within: every named layer gives `output + scale · B A x`, in the backbone's dtype."""
+    modules = backbone.upper_linears() if pairs else {}
+    handles = [modules[name].register_forward_hook(_lora_hook(a, b, scale)) for name, (a, b) in pairs.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _lora_hook(a: Tensor, b: Tensor, scale: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        low = nn.functional.linear(x, a.to(x.device, x.dtype))  # (B, T, r)
+        return output + nn.functional.linear(low, b.to(x.device, x.dtype) * scale)
+
+    return add
+
+
+class _StemCache:
+    """The stem's output of every training row; as a context, the stem's layers hand it on instead of computing.
+
+    The layers stay in their places with their attributes, only their `forward` is shadowed: embeddings, masks and position
+    tables are the model's own, whatever its architecture.
+    """
+
+    def __init__(self, backbone: Backbone, states: list[Tensor]) -> None:
+        self._layers = list(backbone.layers)[: backbone.stem_layers]
+        self._states = states  # a row: (T, d)
+        self._batch: Tensor | None = None
+
+    @classmethod
+    def proved(cls, backbone: Backbone, rows: Sequence[_Row]) -> "_StemCache | None":
+        """A filled cache, or None where it would be too large or does not give the full pass's states."""
+        size = sum(len(row) for row in rows) * backbone.width * backbone.dtype.itemsize
+        first = length_sorted([len(row) for row in rows], SCORE_BATCH)[-1]
+        tokens = _padded(backbone, [rows[row] for row in first])
+        if size > STEM_CACHE_BYTES or not _replays(backbone, tokens):
+            return None
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        for chosen in length_sorted([len(row) for row in rows], SCORE_BATCH):
+            tokens = _padded(backbone, [rows[row] for row in chosen])
+            for row, state in zip(chosen, stem_states(backbone, tokens), strict=True):
+                states[row] = state[-len(rows[row]) :].clone()
+        return cls(backbone, states)
+
+    def put(self, chosen: Sequence[int], tokens: Tokens) -> None:
+        """The rows of the next forward pass, padded as `tokens` is."""
+        batch = torch.zeros((*tokens.input_ids.shape, self._states[0].shape[-1]), dtype=self._states[0].dtype)
+        batch = batch.to(tokens.input_ids.device)
+        for place, row in enumerate(chosen):
+            batch[place, -len(self._states[row]) :] = self._states[row]
+        self._batch = batch
+
+    def hand_on(self, batch: Tensor) -> None:
+        """The states (B, T, d) of the next forward pass."""
+        self._batch = batch
+
+    def __enter__(self) -> "_StemCache":
+        for layer in self._layers:
+            layer.forward = lambda *_args, **_kwargs: self._batch
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for layer in self._layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def _replays(backbone: Backbone, tokens: Tokens) -> bool:
+    """Whether handing the stem's output to the upper layers gives the very states of the full pass."""
+    needed = tokens.answer_positions()
+    whole = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]
+    cache = _StemCache(backbone, [])
+    cache.hand_on(stem_states(backbone, tokens))
+    try:
+        with cache:
+            replayed = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return False  # layers that hand on more than states: every pass is whole
+    return torch.equal(whole, replayed)
+
+
+def _tokenised(backbone: Backbone, rows: Sequence[LabelledText]) -> list[_Row]:
+    prompts = backbone.prompt_ids([row.input for row in rows])
+    targets = backbone.target_ids([row.output for row in rows])
+    return [_Row(prompt=prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)]
+
+
+def _padded(backbone: Backbone, rows: Sequence[_Row]) -> Tokens:
+    return backbone.pad([row.prompt for row in rows], [row.target for row in rows])
+
+
+def _initial(
+    backbone: Backbone, recipe: Recipe, start: Adapter | None, seed: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Trainable pairs and their scale: A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT), B zero; or a copy of `start`."""
+    scale = recipe.alpha / (start.rank if start is not None else recipe.rank)
+    generator = torch.Generator().manual_seed(seed)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    if start is not None:
+        # B is kept without its scale, so that a step moves it as far as it did in the first training.
+        pairs = {name: (a.clone(), b / scale) for name, (a, b) in start.tensors.items()}
+    else:
+        for name, module in backbone.upper_linears().items():
+            d_in, d_out = linear_shape(module)
+            a = (torch.rand((recipe.rank, d_in), generator=generator) * 2 - 1) * d_in**-0.5
+            pairs[name] = (a, torch.zeros((d_out, recipe.rank)))
+    return {
+        name: (nn.Parameter(a.to(backbone.device)), nn.Parameter(b.to(backbone.device)))
+        for name, (a, b) in pairs.items()
+    }, scale
+
+
+def _optimizer(pairs: Pairs, recipe: Recipe) -> torch.optim.AdamW:
+    groups = [{"params": [a for a, _ in pairs.values()]}, {"params": [b for _, b in pairs.values()]}]
+    return torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=recipe.weight_decay, foreach=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float, recipe: Recipe) -> None:
+    of_a, of_b = optimizer.param_groups
+    of_a["lr"], of_b["lr"] = rate, rate * recipe.loraplus_ratio
+
+
+def _step(backbone: Backbone, tokens: Tokens, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
+    """One forward, backward and update; the mean loss of the batch's answer tokens."""
+    loss = nn.functional.cross_entropy(backbone.answer_logits(tokens).float(), tokens.answer_ids())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -> Iterator[list[int]]:
+    """Every row once an epoch: shuffled, length-sorted within a few batches, the batches shuffled again."""
+    window = recipe.batch_size * SORT_WINDOW
+    for _ in range(recipe.epochs):
+        shuffled = order.permutation(len(rows)).tolist()
+        batches: list[list[int]] = []
+        for begin in range(0, len(shuffled), window):
+            part = sorted(shuffled[begin : begin + window], key=lambda row: len(rows[row]))
+            batches += [part[at : at + recipe.batch_size] for at in range(0, len(part), recipe.batch_size)]
+        for index in order.permutation(len(batches)):
+            yield batches[index]
+
+
+def _adapter(pairs: Pairs, scale: float) -> Adapter:
+    tensors = {
+        name: (a.detach().float().cpu().clone(), (b.detach() * scale).float().cpu()) for name, (a, b) in pairs.items()
+    }
+    return Adapter(rank=next(iter(tensors.values()))[0].shape[0], tensors=tensors)

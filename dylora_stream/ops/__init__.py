@@ -1,0 +1,1 @@
+"""What an operator touches: metrics, health over HTTP, the doctor, files into topics."""

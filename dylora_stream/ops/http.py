@@ -1,0 +1,220 @@
+"""The operator's HTTP port: metrics, health, and "is this input new?".
+
+    GET  /metrics    Prometheus text
+    GET  /healthz    200 while the process works, 503 with the reason when it should be restarted
+    GET  /readyz     200 when it takes records, 503 before
+    GET  /stats      what this role holds, as JSON
+    POST /novelty    {"input": "...", "tenant"?: "..."} -> {"score", "p_value", "entropy", "nearest", "is_novel"}
+
+A thread of the standard library's server; it knows no Kafka and no model, only the callables that it is given. Those
+are called from its threads: whoever gives a `score` that is not thread-safe wraps it. It has no authentication, so it
+listens on loopback unless told otherwise.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from dylora_stream.core.errors import BadRecord, DyloraError, SettingsError
+from dylora_stream.core.messages import DEFAULT_TENANT, Novelty
+
+__all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes"]
+
+METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing for so long is let go
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """Where the operator's port listens."""
+
+    is_enabled: bool = True
+    """Whether there is a port at all."""
+
+    host: str = "127.0.0.1"
+    """Loopback, because there is no authentication; 0.0.0.0 for a container whose network protects it."""
+
+    port: int = 9464
+    """0: any free one, told in the log. serve takes this port, learn on the same machine the next one."""
+
+    max_body_bytes: int = 262_144
+    """Bytes of a POST body; longer ones get 413."""
+
+    def __post_init__(self) -> None:
+        if not self.host.strip():
+            raise ValueError("host is empty: use 127.0.0.1, or 0.0.0.0 for every interface")
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"port is {self.port}: use 1 to 65535, or 0 for any free one")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"max_body_bytes is {self.max_body_bytes}: it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How a role is: `is_alive` false means restart it, `is_ready` false means it takes no records (yet)."""
+
+    is_alive: bool
+    is_ready: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+Score = Callable[[str, str], Novelty]  # input, tenant; raises BadRecord for an input that cannot be scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpRoutes:
+    """What the port shows. `score` is None in a role that has no model."""
+
+    health: Callable[[], Health]
+    metrics: Callable[[], bytes]
+    score: Score | None = None
+    stats: Callable[[], Mapping[str, Any]] = dict
+
+
+class HttpPort:
+    """Starts listening when constructed; `close` ends its thread. May be closed twice."""
+
+    def __init__(self, config: HttpConfig, routes: HttpRoutes) -> None:
+        handler = type("Handler", (_Exchange,), {"routes": routes, "max_body_bytes": config.max_body_bytes})
+        try:
+            self._server = _Server((config.host, config.port), handler)
+        except OSError as error:
+            raise SettingsError(
+                f"http.port {config.port} on {config.host} cannot be used ({error.strerror or error}): another "
+                "process has it. Set another http.port, or 0 for any free one"
+            ) from error
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """`http://host:port`, with the port that was taken."""
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
+
+    def close(self) -> None:
+        """Stop listening; requests in flight are finished."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
+class _Refused(Exception):
+    """Ends an exchange with a status and a sentence."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Exchange(BaseHTTPRequestHandler):
+    """One request; `routes` and `max_body_bytes` are set by the port that owns the class."""
+
+    routes: HttpRoutes
+    max_body_bytes: int
+    server_version = "dylora-stream"
+    sys_version = ""
+    timeout = REQUEST_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        """Metrics and health."""
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._send(HTTPStatus.OK, self.routes.metrics(), METRICS_TYPE)
+        elif path in ("/healthz", "/readyz"):
+            health = self.routes.health()
+            is_good = health.is_alive if path == "/healthz" else health.is_alive and health.is_ready
+            status = HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE
+            self._send_json(status, {"ok": is_good, **health.details})
+        elif path == "/stats":
+            self._send_json(HTTPStatus.OK, self.routes.stats())
+        else:
+            self._refuse(
+                HTTPStatus.NOT_FOUND, "there is GET /metrics, /healthz, /readyz, /stats and POST /novelty"
+            )
+
+    def do_POST(self) -> None:
+        """The novelty of one input."""
+        if self.path.partition("?")[0] != "/novelty":
+            self._refuse(HTTPStatus.NOT_FOUND, "there is POST /novelty only")
+            return
+        try:
+            self._send_json(HTTPStatus.OK, asdict(self._scored()))
+        except _Refused as refused:
+            self._refuse(refused.status, str(refused))
+        except BadRecord as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except DyloraError as error:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+
+    def _scored(self) -> Novelty:
+        text, tenant = _question(self._body())
+        if self.routes.score is None:
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this role has no model; ask a serve worker")
+        if not self.routes.health().is_ready:
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is not ready yet")
+        return self.routes.score(text, tenant)
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit():
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
+        if int(length) > self.max_body_bytes:
+            self.close_connection = True
+            raise _Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body may have {self.max_body_bytes} bytes, not {length}",
+            )
+        return self.rfile.read(int(length))
+
+    def _send(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _send_json(self, status: HTTPStatus, document: Mapping[str, Any]) -> None:
+        self._send(status, json.dumps(document, allow_nan=False).encode(), "application/json")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._send_json(status, {"error": message})
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name for it
+        """Scrapes every few seconds are not worth a log line."""
+
+
+def _question(body: bytes) -> tuple[str, str]:
+    """Input and tenant of a POST /novelty."""
+    expected = 'send {"input": "text", "tenant"?: "name"} as UTF-8 JSON'
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"not JSON ({error}); {expected}") from error
+    if (
+        not isinstance(document, dict)
+        or not isinstance(document.get("input"), str)
+        or not document["input"].strip()
+    ):
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"`input` must be a non-empty text; {expected}")
+    tenant = document.get("tenant", DEFAULT_TENANT)
+    if not isinstance(tenant, str) or not tenant:
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"`tenant` must be a text; {expected}")
+    if unknown := sorted(document.keys() - {"input", "tenant"}):
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"unknown field {unknown[0]!r}; {expected}")
+    return document["input"], tenant

@@ -1,0 +1,176 @@
+"""The serve loop: registry, poll, answer, one transaction, and a clean end.
+
+The order of a batch (the transaction's steps 1, 2 and 4 to 8 live in the source and the sink):
+
+    a  take the newest registry, whole, between batches
+    b  poll (steps 1, 2)
+    c  answer, outside the transaction (step 3)
+    d  publish results, events, samples, dead letters and offsets (steps 4 to 8)
+    e  on TransactionAborted: rewind the source; the same records come again
+
+Invariant: nothing is kept between batches but the registry, so a batch taken again gives the same kind of outcome.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from dylora_stream.core.errors import TransactionAborted
+from dylora_stream.core.events import EventType, lifecycle_event
+from dylora_stream.core.experts import Registry
+from dylora_stream.core.messages import RawRecord
+from dylora_stream.core.ports import Answerer, Changelog, Clock, Codec, Sink, Source
+from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
+
+__all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How serve takes its records."""
+
+    batch_records: int = 32  # most records of one transaction: latency against throughput
+    poll_timeout_s: float = 0.25  # how long an idle poll blocks
+    registry_timeout_s: float = 30.0  # how long the start waits for the registry's topic
+    drain_deadline_s: float = 30.0  # after SIGTERM the current batch may take this long
+    sample_share: float = 0.02  # of plain records kept for learning; 0 to 1
+
+    def __post_init__(self) -> None:
+        if self.batch_records < 1:
+            raise ValueError(f"batch_records must be at least 1, not {self.batch_records}")
+        if not 0 <= self.sample_share <= 1:
+            raise ValueError(f"sample_share must lie between 0 and 1, not {self.sample_share}")
+
+
+class ServeMetrics(Protocol):
+    """What the loop tells the operator's metrics."""
+
+    def polled(self) -> None:
+        """The source was asked."""
+
+    def answered(self, outcome: Outcome, latency_s: float) -> None:
+        """A batch is on the broker."""
+
+    def aborted(self) -> None:
+        """A transaction did not happen."""
+
+    def activated(self, registry: Registry) -> None:
+        """A registry is being served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServePorts:
+    """What the loop is wired to."""
+
+    source: Source
+    sink: Sink
+    changelog: Changelog
+    answerer: Answerer
+    codec: Codec
+    clock: Clock
+    metrics: ServeMetrics
+
+
+@dataclass(slots=True)
+class _Progress:
+    registry: Registry = field(default_factory=Registry)
+    is_ready: bool = False
+    is_draining: bool = False
+
+
+class ServeService:
+    """Runs until it is told to drain."""
+
+    def __init__(
+        self, ports: ServePorts, pipeline: Pipeline, config: ServeConfig, *, model: str, boot: str
+    ) -> None:
+        self._ports = ports
+        self._pipeline = pipeline
+        self._config = config
+        self._model = model
+        self._boot = boot
+        self._progress = _Progress()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the registry was read and records are being taken."""
+        return self._progress.is_ready
+
+    @property
+    def registry(self) -> Registry:
+        """The registry being served."""
+        return self._progress.registry
+
+    def drain(self) -> None:
+        """Finish the batch at hand, then leave `run`. Callable from a signal handler."""
+        self._progress.is_draining = True
+
+    def run(self) -> None:
+        """Answer until drained; a BrokerError, StoreError or ModelError ends it."""
+        self._activate(self._ports.changelog.catch_up(self._config.registry_timeout_s))
+        self._announce(EventType.WORKER_STARTED)
+        self._progress.is_ready = True
+        log.info(
+            "worker_started", role="serve", registry=self.registry.number, experts=len(self.registry.experts)
+        )
+        while not self._progress.is_draining:
+            self.step()
+        self._progress.is_ready = False
+        self._announce(EventType.WORKER_STOPPED)
+        log.info("worker_stopped", role="serve")
+
+    def step(self) -> int:
+        """One batch, a to e; returns how many records it settled."""
+        self._activate(self._ports.changelog.poll())
+        batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
+        self._ports.metrics.polled()
+        if not batch:
+            return 0
+        started_s = self._ports.clock.monotonic_s()
+        serving = Serving(
+            model=self._model, registry_number=self.registry.number, feature_space=self.registry.feature_space
+        )
+        outcome = self._pipeline.answer(batch.records, serving)
+        try:
+            self._ports.sink.publish(outcome.messages, batch.checkpoint)
+        except TransactionAborted as error:
+            log.warning("transaction_aborted", role="serve", reason=str(error), records=len(batch.records))
+            self._ports.metrics.aborted()
+            self._ports.source.rewind()
+            return 0
+        self._ports.metrics.answered(outcome, self._ports.clock.monotonic_s() - started_s)
+        for reason, count in outcome.dead_letters.items():
+            log.warning(
+                "dead_lettered", reason=reason, records=count, position=str(batch.records[0].position)
+            )
+        return len(batch.records)
+
+    def _activate(self, records: list[RawRecord]) -> None:
+        newest = None
+        for record in records:
+            newest = self._ports.codec.decode_registry(record) or newest
+        if newest is None or newest.number <= self.registry.number:
+            return
+        failed = self._ports.answerer.activate(newest)
+        self._progress.registry = newest
+        self._ports.metrics.activated(newest)
+        log.info(
+            "registry_activated", registry=newest.number, experts=len(newest.experts), failed=list(failed)
+        )
+        for name in failed:
+            self._announce(EventType.EXPERT_LOAD_FAILED, name, {"registry": newest.number})
+
+    def _announce(
+        self, kind: EventType, entity: str | None = None, data: dict[str, object] | None = None
+    ) -> None:
+        worker = f"serve-{self._boot}"
+        event = lifecycle_event(
+            kind, entity or worker, worker, self._ports.clock.now_ms(), data or {"role": "serve"}
+        )
+        try:
+            self._ports.sink.publish([self._ports.codec.encode_event(event)])
+        except TransactionAborted as error:
+            log.warning("event_dropped", kind=kind, reason=str(error))

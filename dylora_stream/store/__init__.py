@@ -1,0 +1,1 @@
+"""What lasts: learn's DuckDB file, the FAISS index, and expert folders under content addresses."""

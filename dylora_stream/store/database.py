@@ -1,0 +1,320 @@
+"""Learn's memory in one DuckDB file: rows, decisions, positions and outbox, committed together.
+
+DuckDB lets one process have the file; a second one is told which and what to do. Rows go in as Arrow tables, fifty
+times faster than row by row. A write-ahead log that cannot be replayed is never deleted: the message says to move both
+files aside, and the topic rebuilds them.
+"""
+
+import base64
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, StoreError
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
+from dylora_stream.core.ledger import (
+    Changes,
+    ClusterRecord,
+    ClusterState,
+    JobKind,
+    JobRecord,
+    JobState,
+    LedgerRow,
+    LedgerState,
+    LedgerSummary,
+    RowState,
+)
+from dylora_stream.core.messages import OutboundMessage, Topic
+from dylora_stream.core.ports import Partition
+
+__all__ = ["DatabaseConfig", "DuckLedger"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseConfig:
+    """How much of the machine DuckDB may take."""
+
+    memory_limit: str = "512MB"  # DuckDB's own default is 80 % of the machine
+    threads: int = 1  # buffers are small; the cores belong to the model
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """DuckDB's exceptions as ours, with what to do."""
+    try:
+        yield
+    except duckdb.Error as error:
+        text = str(error)
+        if "lock" in text.lower() and "conflict" in text.lower():
+            raise DatabaseBusy(
+                f"{path} is open in another process; stop that one, or set another store.folder ({text})"
+            ) from error
+        if "No space left" in text or ("disk" in text.lower() and "full" in text.lower()):
+            raise DiskFull(
+                f"no room left to write {path}; free some space and start again, nothing was lost"
+            ) from error
+        if isinstance(
+            error,
+            duckdb.IOException
+            | duckdb.SerializationException
+            | duckdb.InternalException
+            | duckdb.FatalException,
+        ):
+            raise DatabaseBroken(
+                f"{path} cannot be read: {text}. Move it and {path.name}.wal aside (do not delete them) and start "
+                "again: the samples topic rebuilds the rows"
+            ) from error
+        raise StoreError(f"{path}: {text}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFull(
+                f"no room left to write {path}; free some space and start again, nothing was lost"
+            ) from error
+        raise StoreError(f"{path}: {error}") from error
+
+
+class DuckLedger:
+    """`core.ledger.Ledger` on DuckDB.
+
+    Invariant: `commit` is one transaction; after a crash either all of it is there or none.
+    """
+
+    def __init__(self, path: Path, config: DatabaseConfig | None = None) -> None:
+        self.path = path
+        config = config or DatabaseConfig()
+        with database_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = duckdb.connect(
+                str(path), config={"memory_limit": config.memory_limit, "threads": str(config.threads)}
+            )
+            self._db.execute(files(__package__).joinpath("schema.sql").read_text())
+            self._check_version()
+
+    def _check_version(self) -> None:
+        found = self._db.execute("SELECT max(version) FROM schema_version").fetchone()
+        if found is None or found[0] is None:
+            self._db.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
+        elif found[0] != SCHEMA_VERSION:
+            raise DatabaseBroken(
+                f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; move the file aside: "
+                "the samples topic rebuilds it"
+            )
+
+    def load(self) -> LedgerState:
+        """See the port."""
+        with database_errors(self.path):
+            rows = self._rows("SELECT * FROM rows ORDER BY time_ms, position")
+            clusters = [
+                _cluster(row) for row in self._dicts("SELECT * FROM clusters ORDER BY created_ms, cluster_id")
+            ]
+            jobs = [_job(row) for row in self._dicts("SELECT * FROM jobs WHERE state = 'running'")]
+            found = self._db.execute("SELECT document FROM registry").fetchone()
+        registry = _registry(json.loads(found[0])) if found else Registry()
+        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=tuple(jobs), registry=registry)
+
+    def commit(self, changes: Changes) -> None:
+        """See the port."""
+        with database_errors(self.path):
+            self._db.execute("BEGIN")
+            try:
+                self._apply(changes)
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def _apply(self, changes: Changes) -> None:
+        self._upsert("rows", [_row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
+        self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
+        self._upsert("jobs", [_job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
+        self._upsert("versions", [_version_values(version) for version in changes.versions], VERSION_SCHEMA)
+        if changes.registry is not None:
+            document = json.dumps(asdict(changes.registry))
+            self._db.execute("INSERT OR REPLACE INTO registry VALUES (1, ?)", [document])
+        for (topic, partition), offset in changes.positions.items():
+            self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", [topic, partition, offset])
+        for message in changes.messages:
+            headers = json.dumps(
+                [[name, base64.b64encode(value).decode()] for name, value in message.headers]
+            )
+            self._db.execute(
+                "INSERT INTO outbox (topic, key, value, headers) VALUES (?, ?, ?, ?)",
+                [message.topic, message.key, message.value, headers],
+            )
+
+    def _upsert(self, table: str, values: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+        if not values:
+            return
+        incoming = pa.Table.from_pylist(list(values), schema=schema)
+        self._db.register("incoming", incoming)
+        self._db.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM incoming")  # noqa: S608 - our own names
+        self._db.unregister("incoming")
+
+    def positions(self) -> dict[Partition, int]:
+        """See the port."""
+        with database_errors(self.path):
+            found = self._db.execute("SELECT topic, part, next_offset FROM positions").fetchall()
+        return {(topic, partition): offset for topic, partition, offset in found}
+
+    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+        """See the port."""
+        with database_errors(self.path):
+            found = self._db.execute(
+                "SELECT sequence, topic, key, value, headers FROM outbox ORDER BY sequence"
+            ).fetchall()
+        return [
+            (sequence, OutboundMessage(topic=Topic(topic), key=key, value=value, headers=_headers(headers)))
+            for sequence, topic, key, value, headers in found
+        ]
+
+    def published(self, sequence: int) -> None:
+        """See the port."""
+        with database_errors(self.path):
+            self._db.execute("DELETE FROM outbox WHERE sequence <= ?", [sequence])
+
+    def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
+        """See the port."""
+        with database_errors(self.path):
+            return self._rows(
+                "SELECT rows.* FROM (SELECT unnest(positions) AS position, generate_subscripts(positions, 1) AS place "
+                "FROM jobs JOIN versions USING (job_id) WHERE versions.expert_id = ? AND versions.version = ?) "
+                "JOIN rows USING (position) ORDER BY place",
+                [expert_id, version],
+            )
+
+    def summary(self) -> LedgerSummary:
+        """See the port."""
+        with database_errors(self.path):
+            states = dict(
+                self._db.execute("SELECT state, count(*) FROM rows GROUP BY state ORDER BY state").fetchall()
+            )
+            clusters = self._dicts(
+                "SELECT clusters.*, count(rows.position) AS row_count, count(DISTINCT rows.input) AS distinct_inputs "
+                "FROM clusters LEFT JOIN rows USING (cluster_id) GROUP BY ALL ORDER BY created_ms, cluster_id"
+            )
+        return LedgerSummary(rows=states, clusters=tuple(clusters))
+
+    def close(self) -> None:
+        """See the port."""
+        self._db.close()
+
+    def _dicts(self, query: str) -> list[dict[str, Any]]:
+        cursor = self._db.execute(query)
+        names = [column[0] for column in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _rows(self, query: str, parameters: Sequence[Any] = ()) -> list[LedgerRow]:
+        cursor = self._db.execute(query, list(parameters))
+        names = [column[0] for column in cursor.description or ()]
+        return [_row(dict(zip(names, values, strict=True))) for values in cursor.fetchall()]
+
+
+FLOATS = pa.list_(pa.float32())
+ROW_TEXTS = (
+    "position",
+    "request_id",
+    "tenant",
+    "input",
+    "output",
+    "reason",
+    "served_by",
+    "state",
+    "cluster_id",
+    "expert_id",
+)
+ROW_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ROW_TEXTS]
+    + [("choices", pa.list_(pa.string())), ("time_ms", pa.int64()), ("served_version", pa.int32())]
+    + [("is_correct", pa.bool_()), ("is_trained", pa.bool_()), ("features", FLOATS), ("sketch", FLOATS)]
+)
+CLUSTER_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("cluster_id", "skill_id", "tenant", "state", "expert_id")]
+    + [("created_ms", pa.int64()), ("rows_wanted", pa.int32()), ("rejections", pa.int32())]
+)
+JOB_SCHEMA = pa.schema(
+    [
+        (name, pa.string())
+        for name in ("job_id", "kind", "tenant", "state", "cluster_id", "expert_id", "report")
+    ]
+    + [("created_ms", pa.int64()), ("positions", pa.list_(pa.string())), ("version", pa.int32())]
+)
+VERSION_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("expert_id", "skill_id", "maturity", "job_id", "manifest")]
+    + [("version", pa.int32()), ("parent", pa.int32())]
+)
+
+
+def _row_values(row: LedgerRow) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row)}
+
+
+def _job_values(job: JobRecord) -> dict[str, Any]:
+    return {field.name: getattr(job, field.name) for field in fields(job)} | {
+        "report": json.dumps(dict(job.report))
+    }
+
+
+def _version_values(version: ExpertVersion) -> dict[str, Any]:
+    return {
+        "expert_id": version.expert_id,
+        "version": version.version,
+        "skill_id": version.skill_id,
+        "parent": version.parent,
+        "maturity": version.maturity,
+        "job_id": version.trained_on.get("job"),
+        "manifest": json.dumps(asdict(version)),
+    }
+
+
+def _row(values: dict[str, Any]) -> LedgerRow:
+    sketch = values["sketch"]
+    return LedgerRow(
+        **values
+        | {
+            "state": RowState(values["state"]),
+            "choices": tuple(values["choices"] or ()),
+            "features": np.asarray(values["features"], dtype=np.float32),
+            "sketch": None if sketch is None else np.asarray(sketch, dtype=np.float32),
+        }
+    )
+
+
+def _cluster(values: dict[str, Any]) -> ClusterRecord:
+    return ClusterRecord(**values | {"state": ClusterState(values["state"])})
+
+
+def _job(values: dict[str, Any]) -> JobRecord:
+    typed = {"kind": JobKind(values["kind"]), "state": JobState(values["state"])}
+    return JobRecord(
+        **values | typed | {"positions": tuple(values["positions"]), "report": json.loads(values["report"])}
+    )
+
+
+def _registry(document: dict[str, Any]) -> Registry:
+    experts = tuple(
+        ExpertVersion(
+            **entry | {"storage": StoredFolder(**entry["storage"]), "maturity": Maturity(entry["maturity"])}
+        )
+        for entry in document["experts"]
+    )
+    router = StoredFolder(**document["router"]) if document["router"] else None
+    return replace(Registry(**document | {"experts": (), "router": None}), experts=experts, router=router)
+
+
+def _headers(text: str) -> tuple[tuple[str, bytes], ...]:
+    return tuple((name, base64.b64decode(value)) for name, value in json.loads(text))

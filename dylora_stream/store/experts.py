@@ -1,0 +1,96 @@
+"""The expert store: folders under content addresses, on any fsspec URL.
+
+A folder's digest is over its files' names and bytes. It is copied aside, then renamed, so a reader sees it whole or not
+at all; the same content twice is one entry. Remote folders are read through a local cache. A `StoredFolder.path` comes
+out of messages, so it is checked against the one form this store writes: it can never point outside.
+"""
+
+import errno
+import hashlib
+import re
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import fsspec
+
+from dylora_stream.core.errors import DiskFull, ExpertCorrupt, StoreError
+from dylora_stream.core.experts import StoredFolder
+
+__all__ = ["FolderStore", "folder_digest"]
+
+STORED_PATH = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+class FolderStore:
+    """`core.ports.ExpertStore` on fsspec.
+
+    Invariant: a folder once verified by this process is not hashed again; its files never change.
+    """
+
+    def __init__(self, url: str, cache: Path) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._is_local = "file" in (
+            self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
+        )
+        self._cache = cache
+        self._verified: set[str] = set()
+
+    def put(self, folder: Path) -> StoredFolder:
+        """See the port."""
+        sha256 = folder_digest(folder)
+        stored = StoredFolder(path=f"{sha256[:2]}/{sha256}", sha256=sha256)
+        target = f"{self._root}/{stored.path}"
+        if self._fs.exists(target):
+            return stored
+        aside = f"{self._root}/aside/{uuid.uuid4().hex}"
+        try:
+            self._fs.makedirs(f"{self._root}/aside", exist_ok=True)
+            self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
+            self._fs.put(f"{folder}/", f"{aside}/", recursive=True)
+            self._fs.mv(aside, target, recursive=True)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise DiskFull(f"no room left in the expert store {self._root}; free some space") from error
+            raise StoreError(f"the expert store {self._root} cannot be written: {error}") from error
+        return stored
+
+    def open(self, stored: StoredFolder) -> Path:
+        """See the port."""
+        if not STORED_PATH.fullmatch(stored.path) or not stored.path.endswith(stored.sha256):
+            raise ExpertCorrupt(f"not a path of this store: {stored.path!r}")
+        folder = Path(self._root) / stored.path if self._is_local else self._fetch(stored)
+        if stored.sha256 in self._verified:
+            return folder
+        if not folder.is_dir():
+            raise ExpertCorrupt(f"{folder} is missing; restore it from a backup, or retire the expert")
+        if folder_digest(folder) != stored.sha256:
+            raise ExpertCorrupt(
+                f"{folder} is not what its digest says; restore it from a backup, or retire the expert"
+            )
+        self._verified.add(stored.sha256)
+        return folder
+
+    def _fetch(self, stored: StoredFolder) -> Path:
+        target = self._cache / stored.path
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=self._cache))
+        try:
+            self._fs.get(f"{self._root}/{stored.path}/", f"{aside}/", recursive=True)
+            aside.rename(target)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise ExpertCorrupt(f"{stored.path} cannot be fetched from {self._root}: {error}") from error
+        return target

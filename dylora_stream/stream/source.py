@@ -1,0 +1,340 @@
+"""Records in: a member of a consumer group, and a reader of a whole compacted topic.
+
+Steps 1 and 2 of the transaction that `sink` ends (the numbers are the design's, and stand in the body):
+
+    1  take the group's metadata, before the poll
+    2  poll; when the group's generation changed on the way, drop the batch and rewind
+
+Metadata taken later would let a member that lost its partitions commit what it polled two generations ago: the client
+rebalances on its IO thread, between a poll and a commit too. *Rewind* seeks every assigned partition to its committed
+offset, read from the broker; the batch's first offset may belong to another owner by now. With `positions` the reader's
+own positions take the place of the committed offsets.
+
+Invariant: no record is handed out before its generation's partitions were settled at the position to go on from.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import structlog
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import MemberToRemove
+from kafka.consumer.fetcher import ConsumerRecord
+from kafka.errors import KafkaError, KafkaTimeoutError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from kafka.structs import OffsetAndMetadata
+
+from dylora_stream.core.errors import BrokerUnreachable, OffsetsLost, TopicMissing, TransactionAborted
+from dylora_stream.core.messages import Position, RawRecord, Topic
+from dylora_stream.core.ports import Batch, Checkpoint
+from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
+
+__all__ = ["KafkaChangelog", "KafkaSource"]
+
+CLOSE_S = 5.0  # for leaving the group
+UNSETTLED = -1  # no generation: the client's own mark for "not a member"
+
+Positions = Callable[[], Mapping[tuple[str, int], int]]
+
+log = structlog.get_logger(__name__)
+
+
+def raw_record(record: ConsumerRecord) -> RawRecord:
+    """The client's record as ours; a header without a value becomes an empty one."""
+    return RawRecord(
+        position=Position(record.topic, record.partition, record.offset),
+        key=record.key,
+        value=record.value,
+        headers=tuple((name, value or b"") for name, value in record.headers),
+        timestamp_ms=max(0, record.timestamp or 0),
+    )
+
+
+def in_order(polled: Mapping[TopicPartition, Sequence[ConsumerRecord]]) -> tuple[RawRecord, ...]:
+    """The records of one poll, partition by partition."""
+    return tuple(raw_record(record) for partition in sorted(polled) for record in polled[partition])
+
+
+class KafkaSource:
+    """One member of a consumer group (core.ports.Source).
+
+    `positions` are the reader's own: the next offset a partition, a partition that is not in them starts at its
+    beginning. `witness` is a topic that this group's work writes to: records in it prove that the group has worked
+    before, so that missing committed offsets are lost ones and not those of a first start.
+    """
+
+    def __init__(
+        self,
+        config: KafkaConfig,
+        topics: Sequence[Topic],
+        *,
+        positions: Positions | None = None,
+        witness: Topic | None = None,
+    ) -> None:
+        self._config = config
+        self._topics = [config.topic(topic) for topic in topics]
+        self._positions = positions
+        self._witness = None if witness is None else config.topic(witness)
+        self._generation = UNSETTLED
+        self._last_answer_s = time.monotonic()
+        self._timeout_ms = round(config.request_timeout_s * 1000)
+        options = consumer_options(config, "source", in_group=True)
+        self._consumer = connect(lambda: KafkaConsumer(**options), config)
+        self._is_closed = False
+        try:
+            with kafka_errors(f"looking for {', '.join(self._topics)}"):
+                self._check_topics()
+                self._consumer.subscribe(topics=self._topics)
+        except BaseException:
+            self.close()
+            raise
+
+    def poll(self, max_records: int, timeout_s: float) -> Batch:
+        """See core.ports.Source.poll."""
+        try:
+            return self._poll(max_records, timeout_s)
+        except TransactionAborted as error:  # the group moved on while it was asked
+            log.warning("group_moved_on", cause=str(error))
+            self._generation = UNSETTLED
+            self._check_alive(False)
+            return Batch()
+
+    def _poll(self, max_records: int, timeout_s: float) -> Batch:
+        with kafka_errors(f"reading {', '.join(self._topics)}"):
+            group = self._consumer.group_metadata()  # 1
+            try:
+                polled = self._consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=max_records)  # 2
+            except NoOffsetForPartitionError:
+                polled = {}
+                self._generation = UNSETTLED
+            except OffsetOutOfRangeError as error:
+                self._restart_lost(error.args[0] if error.args and isinstance(error.args[0], dict) else {})
+                polled = {}
+            now = self._consumer.group_metadata()
+            if now.generation_id < 0 or now.generation_id != group.generation_id:
+                self._generation = UNSETTLED
+            if self._generation == UNSETTLED or self._generation != now.generation_id:
+                self._settle()
+                return Batch()
+            self._check_alive(bool(polled))
+        offsets = {
+            (partition.topic, partition.partition): records[-1].offset + 1
+            for partition, records in polled.items()
+            if records
+        }
+        return Batch(records=in_order(polled), checkpoint=Checkpoint(offsets=offsets, group=group))
+
+    def rewind(self) -> None:
+        """See core.ports.Source.rewind."""
+        self._generation = UNSETTLED
+        with kafka_errors("rewinding"):
+            self._settle()
+
+    def lag_records(self) -> int:
+        """See core.ports.Source.lag_records."""
+        with kafka_errors("measuring the lag"):
+            assigned = self._consumer.assignment()
+            if not assigned or self._generation == UNSETTLED:
+                return 0
+            ends = self._consumer.end_offsets(assigned, timeout_ms=self._timeout_ms)
+            return sum(
+                max(0, end - (self._consumer.position(partition, timeout_ms=self._timeout_ms) or 0))
+                for partition, end in ends.items()
+            )
+
+    def assignment(self) -> frozenset[tuple[str, int]]:
+        """The partitions that this member owns now."""
+        return frozenset((partition.topic, partition.partition) for partition in self._consumer.assignment())
+
+    def committed_note(self) -> str:
+        """See core.ports.Source.committed_note. Before the first assignment every partition of the topics counts."""
+        with kafka_errors("reading the committed notes"):
+            partitions = self._consumer.assignment() or self._all_partitions()
+            notes = [found.metadata for found in self._committed(partitions).values()]
+        return max((note for note in notes if note.isdecimal()), key=int, default="")
+
+    def close(self) -> None:
+        """See core.ports.Source.close. The static member is taken out, so that others get its partitions at once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        is_member = self._consumer.group_metadata().generation_id >= 0
+        with suppress(KafkaError, OSError):
+            self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
+        if is_member:
+            self._leave()
+
+    # -- settling a generation --
+
+    def _settle(self) -> None:
+        """Seek every assigned partition to where to go on. A broker that is slow leaves it for the next poll."""
+        group = self._consumer.group_metadata()
+        assigned = sorted(self._consumer.assignment())
+        if group.generation_id < 0 or not assigned:
+            self._generation = group.generation_id
+            self._check_alive(False)
+            return
+        try:
+            starts = self._own_starts(assigned) if self._positions else self._committed_starts(assigned)
+        except KafkaTimeoutError:
+            self._check_alive(False)
+            return
+        if self._consumer.group_metadata().generation_id != group.generation_id:
+            return
+        for partition, offset in starts.items():
+            if partition in self._consumer.assignment():
+                self._consumer.seek(partition, offset)
+        self._last_answer_s = time.monotonic()
+        self._generation = group.generation_id
+
+    def _own_starts(self, assigned: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        assert self._positions is not None
+        own = self._positions()
+        starts = {part: own[part.topic, part.partition] for part in assigned if tuple(part) in own}
+        return starts | self._edge("earliest", [part for part in assigned if part not in starts])
+
+    def _committed_starts(self, assigned: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        starts = {part: found.offset for part, found in self._committed(assigned).items()}
+        missing = [part for part in assigned if part not in starts]
+        if missing:
+            begun = self._edge(self._first_start(missing), missing)
+            self._consumer.commit(
+                {part: OffsetAndMetadata(offset, "", -1) for part, offset in begun.items()}, timeout_ms=self._timeout_ms
+            )
+            log.info("partitions_started", offsets={f"{p.topic}:{p.partition}": at for p, at in begun.items()})
+            starts |= begun
+        return starts
+
+    def _first_start(self, missing: Sequence[TopicPartition]) -> str:
+        """Where partitions without a committed offset start: added ones and those of a first start at the beginning."""
+        others = [part for part in self._all_partitions() if part not in missing]
+        is_known = {part.topic for part in self._committed(others)}
+        lost = [part for part in missing if part.topic not in is_known]
+        if not lost:
+            return "earliest"
+        if self._config.start_from is not None:
+            return self._config.start_from
+        if self._witness is None or not self._records_in(self._witness):
+            return "earliest"
+        raise OffsetsLost(
+            f"group {self._config.group} has no committed offsets on {lost[0].topic}, but {self._witness} shows that it "
+            "has worked before: they expired (after 7 idle days by default) or were deleted. Set kafka.start_from to "
+            "`earliest` (answer everything again) or `latest` (skip what is there)"
+        )
+
+    def _restart_lost(self, lost: Mapping[TopicPartition, int]) -> None:
+        """Committed offsets that the topic no longer holds: go on from `start_from`, or stop with an explanation."""
+        where = ", ".join(f"{part.topic}:{part.partition}:{offset}" for part, offset in lost.items())
+        if self._config.start_from is None or not lost:
+            raise OffsetsLost(
+                f"group {self._config.group} stands at {where or 'an offset'}, which its topic no longer holds (deleted by "
+                "retention, or the topic was made anew). Set kafka.start_from to `earliest` or `latest` to go on"
+            )
+        for partition, offset in self._edge(self._config.start_from, list(lost)).items():
+            self._consumer.seek(partition, offset)
+        log.warning("offsets_lost", positions=where, start_from=self._config.start_from)
+
+    # -- the broker's numbers --
+
+    def _committed(self, partitions: Sequence[TopicPartition] | set[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+        found = {
+            part: self._consumer.committed(part, metadata=True, timeout_ms=self._timeout_ms) for part in partitions
+        }
+        return {part: committed for part, committed in found.items() if committed is not None and committed.offset >= 0}
+
+    def _edge(self, edge: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        if not partitions:
+            return {}
+        read = self._consumer.beginning_offsets if edge == "earliest" else self._consumer.end_offsets
+        return dict(read(partitions, timeout_ms=self._timeout_ms))
+
+    def _all_partitions(self) -> list[TopicPartition]:
+        return [
+            TopicPartition(topic, number)
+            for topic in self._topics
+            for number in sorted(self._consumer.partitions_for_topic(topic) or ())
+        ]
+
+    def _records_in(self, topic: str) -> bool:
+        numbers = self._consumer.partitions_for_topic(topic) or ()
+        return any(self._edge("latest", [TopicPartition(topic, number) for number in numbers]).values())
+
+    def _check_topics(self) -> None:
+        known = self._consumer.topics()
+        missing = [topic for topic in self._topics if topic not in known]
+        if missing:
+            raise TopicMissing(
+                f"there is no topic {', '.join(missing)} at {self._config.bootstrap_servers}; create it with "
+                "`dylora-stream topics create`, or correct topics.* and kafka.prefix"
+            )
+
+    def _check_alive(self, has_records: bool) -> None:
+        """The client never says that the broker is gone: ask, when nothing came for as long as one may wait."""
+        now = time.monotonic()
+        if has_records:
+            self._last_answer_s = now
+        if now - self._last_answer_s <= max(self._config.connect_timeout_s, 1.0):
+            return
+        try:
+            self._edge("latest", self._all_partitions())
+        except KafkaTimeoutError as error:
+            raise BrokerUnreachable(
+                f"the broker at {self._config.bootstrap_servers} has not answered for {now - self._last_answer_s:.0f} s"
+            ) from error
+        self._last_answer_s = time.monotonic()
+
+    def _leave(self) -> None:
+        options = client_options(self._config, "leave")
+        with suppress(KafkaError, OSError):
+            admin = KafkaAdminClient(**options)
+            try:
+                admin.remove_group_members(
+                    self._config.group, [MemberToRemove(group_instance_id=self._config.instance)]
+                )
+            finally:
+                admin.close()
+
+
+class KafkaChangelog:
+    """A topic read whole and for ever, without a group (core.ports.Changelog)."""
+
+    def __init__(self, config: KafkaConfig, topic: Topic = Topic.EXPERTS) -> None:
+        self._config, self._name = config, config.topic(topic)
+        options = consumer_options(config, "changelog", in_group=False)
+        self._consumer = connect(lambda: KafkaConsumer(**options), config)
+        with kafka_errors(f"looking for {self._name}"):
+            numbers = self._consumer.partitions_for_topic(self._name) if self._name in self._consumer.topics() else None
+            if not numbers:
+                self.close()
+                raise TopicMissing(f"there is no topic {self._name}; create it with `dylora-stream topics create`")
+            self._partitions = [TopicPartition(self._name, number) for number in sorted(numbers)]
+            self._consumer.assign(self._partitions)
+            self._consumer.seek_to_beginning(*self._partitions)
+
+    def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:
+        """See core.ports.Changelog.poll."""
+        with kafka_errors(f"reading {self._name}"):
+            return list(in_order(self._consumer.poll(timeout_ms=round(timeout_s * 1000))))
+
+    def catch_up(self, timeout_s: float) -> list[RawRecord]:
+        """See core.ports.Changelog.catch_up."""
+        records: list[RawRecord] = []
+        end = time.monotonic() + timeout_s
+        with kafka_errors(f"reading {self._name}"):
+            ends = self._consumer.end_offsets(self._partitions, timeout_ms=round(timeout_s * 1000))
+            while any(self._position(part) < ends[part] for part in self._partitions):
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise BrokerUnreachable(
+                        f"{self._name} could not be read to its end in {timeout_s:g} s; {len(records)} records came"
+                    )
+                records.extend(in_order(self._consumer.poll(timeout_ms=round(min(left, 0.5) * 1000))))
+        return records
+
+    def close(self) -> None:
+        """See core.ports.Changelog.close."""
+        with suppress(KafkaError, OSError):
+            self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
+
+    def _position(self, partition: TopicPartition) -> int:
+        return self._consumer.position(partition, timeout_ms=round(self._config.request_timeout_s * 1000)) or 0
