@@ -25,6 +25,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from dylora_stream.core.checks import CheckConfig
+from dylora_stream.core.clustering import ClusteringConfig
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.novelty import NoveltyConfig
 from dylora_stream.core.recipes import CONSOLIDATION, SEEDING, Recipe
@@ -91,15 +93,17 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    kafka: KafkaConfig = KafkaConfig(bootstrap_servers="127.0.0.1:9092")
+    kafka: KafkaConfig = KafkaConfig(bootstrap_servers="127.0.0.1:9092", group="dylora")
     topics: TopicLayout = TopicLayout()
     model: ModelConfig = ModelConfig()
     pool: PoolConfig = PoolConfig()
     generation: GenerationConfig = GenerationConfig()
     novelty: NoveltyConfig = NoveltyConfig()
     routing: RoutingConfig = RoutingConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
     seeding: Recipe = SEEDING
     consolidation: Recipe = CONSOLIDATION
+    check: CheckConfig = CheckConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     serve: ServeConfig = ServeConfig()
     learn: LearnConfig = LearnConfig()

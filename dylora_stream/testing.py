@@ -3,18 +3,45 @@
 One contract suite (tests/contracts) runs over these and over the real implementations alike.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from dylora_stream.core.errors import Fenced, TransactionAborted
-from dylora_stream.core.messages import Headers, OutboundMessage, Position, RawRecord, Topic
-from dylora_stream.core.ports import Batch, Checkpoint
+import numpy as np
 
-__all__ = ["ManualClock", "MemoryBroker", "MemoryChangelog", "MemorySink", "MemorySource"]
+from dylora_stream.core.errors import ExpertCorrupt, Fenced, TransactionAborted
+from dylora_stream.core.experts import Registry, StoredFolder
+from dylora_stream.core.ledger import (
+    Changes,
+    ClusterRecord,
+    JobRecord,
+    JobState,
+    LedgerRow,
+    LedgerState,
+    LedgerSummary,
+)
+from dylora_stream.core.messages import (
+    Answer,
+    Headers,
+    Novelty,
+    OutboundMessage,
+    Policy,
+    Position,
+    RawRecord,
+    Request,
+    RoutingWeight,
+    Topic,
+)
+from dylora_stream.core.ports import Batch, Checkpoint, JobUpdate, Partition
+
+__all__ = [
+    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryLedger", "MemorySink",
+    "MemorySource", "ScriptedChild", "UniformAnswerer",
+]  # fmt: skip
 
 DEFAULT_PREFIX = "dylora."
-
-Partition = tuple[str, int]
 
 # ---- time ----
 
@@ -54,7 +81,9 @@ class _Group:
 class MemoryBroker:
     """Topics as lists of records a partition; groups with one owner, the newest member."""
 
-    def __init__(self, partitions: Mapping[Topic, int] | None = None, *, prefix: str = DEFAULT_PREFIX) -> None:
+    def __init__(
+        self, partitions: Mapping[Topic, int] | None = None, *, prefix: str = DEFAULT_PREFIX
+    ) -> None:
         self._prefix = prefix
         self.groups: dict[str, _Group] = {}
         self.producers: dict[str, int] = {}
@@ -72,7 +101,12 @@ class MemoryBroker:
         return sorted(partition for partition in self.logs if partition[0] == topic)
 
     def append(
-        self, topic: Topic, value: bytes | None, key: bytes | None = None, headers: Headers = (), timestamp_ms: int = 0
+        self,
+        topic: Topic,
+        value: bytes | None,
+        key: bytes | None = None,
+        headers: Headers = (),
+        timestamp_ms: int = 0,
     ) -> Position:
         """Add a record; the key chooses the partition, records without one go to the shortest."""
         partitions = self.partitions(self.name(topic))
@@ -81,7 +115,9 @@ class MemoryBroker:
         else:
             chosen = partitions[sum(key) % len(partitions)]
         position = Position(*chosen, len(self.logs[chosen]))
-        record = RawRecord(position=position, key=key, value=value, headers=headers, timestamp_ms=timestamp_ms)
+        record = RawRecord(
+            position=position, key=key, value=value, headers=headers, timestamp_ms=timestamp_ms
+        )
         self.logs[chosen].append(record)
         return position
 
@@ -117,7 +153,7 @@ class MemorySource:
         self._next: dict[Partition, int] = {}
         self.rewind()
 
-    def poll(self, max_records: int, timeout_s: float) -> Batch:
+    def poll(self, max_records: int, timeout_s: float) -> Batch:  # noqa: ARG002 - the port's
         """See core.ports.Source.poll; never waits."""
         if self._group.owner is not self:
             return Batch()
@@ -148,7 +184,9 @@ class MemorySource:
 
     def committed_note(self) -> str:
         """See core.ports.Source.committed_note."""
-        notes = [note for offset, note in (self._group.committed.get(each, (0, "")) for each in self._partitions)]
+        notes = [
+            note for offset, note in (self._group.committed.get(each, (0, "")) for each in self._partitions)
+        ]
         return max((note for note in notes if note.isdecimal()), key=int, default="")
 
     def assignment(self) -> frozenset[Partition]:
@@ -191,14 +229,18 @@ class MemorySink:
             self._broker.append(message.topic, value, message.key, message.headers)
         if checkpoint is not None and checkpoint.offsets:
             group = self._broker.group(checkpoint.group[0])
-            group.committed |= {part: (offset, checkpoint.note) for part, offset in checkpoint.offsets.items()}
+            group.committed |= {
+                part: (offset, checkpoint.note) for part, offset in checkpoint.offsets.items()
+            }
 
     def close(self) -> None:
         """See core.ports.Sink.close."""
 
     def _refusal(self, checkpoint: Checkpoint) -> TransactionAborted | None:
         if checkpoint.group is None:
-            return TransactionAborted("offsets without a group: this member has no generation yet, nothing was sent")
+            return TransactionAborted(
+                "offsets without a group: this member has no generation yet, nothing was sent"
+            )
         name, generation = checkpoint.group
         if self._broker.group(name).generation != generation:
             return TransactionAborted(f"generation {generation} of {name} is over")
@@ -212,7 +254,7 @@ class MemoryChangelog:
         self._broker, self._topic = broker, topic
         self._seen: dict[Partition, int] = {}
 
-    def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:
+    def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:  # noqa: ARG002 - the port's
         """See core.ports.Changelog.poll; never waits."""
         fresh: list[RawRecord] = []
         for partition in self._broker.partitions(self._broker.name(self._topic)):
@@ -221,9 +263,165 @@ class MemoryChangelog:
             fresh.extend(records)
         return fresh
 
-    def catch_up(self, timeout_s: float) -> list[RawRecord]:
+    def catch_up(self, timeout_s: float) -> list[RawRecord]:  # noqa: ARG002 - the port's
         """See core.ports.Changelog.catch_up."""
         return self.poll()
 
     def close(self) -> None:
         """See core.ports.Changelog.close."""
+
+
+# ---- learn's ports ----
+
+
+class MemoryLedger:
+    """`core.ledger.Ledger` in a few dictionaries."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, LedgerRow] = {}
+        self._clusters: dict[str, ClusterRecord] = {}
+        self._jobs: dict[str, JobRecord] = {}
+        self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
+        self._registry = Registry()
+        self._positions: dict[Partition, int] = {}
+        self._outbox: list[tuple[int, OutboundMessage]] = []
+        self._sequence = 0
+
+    def load(self) -> LedgerState:
+        """See the port."""
+        rows = sorted(self._rows.values(), key=lambda row: (row.time_ms, row.position))
+        running = tuple(job for job in self._jobs.values() if job.state is JobState.RUNNING)
+        clusters = sorted(
+            self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
+        )
+        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=running, registry=self._registry)
+
+    def commit(self, changes: Changes) -> None:
+        """See the port."""
+        self._rows |= changes.rows
+        self._clusters |= changes.clusters
+        self._jobs |= changes.jobs
+        for version in changes.versions:
+            self._versions[version.expert_id, version.version] = str(version.trained_on.get("job"))
+        self._registry = changes.registry or self._registry
+        self._positions |= changes.positions
+        for message in changes.messages:
+            self._sequence += 1
+            self._outbox.append((self._sequence, message))
+
+    def positions(self) -> dict[Partition, int]:
+        """See the port."""
+        return dict(self._positions)
+
+    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+        """See the port."""
+        return list(self._outbox)
+
+    def published(self, sequence: int) -> None:
+        """See the port."""
+        self._outbox = [entry for entry in self._outbox if entry[0] > sequence]
+
+    def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
+        """See the port."""
+        job = self._jobs.get(self._versions.get((expert_id, version), ""))
+        return [] if job is None else [self._rows[position] for position in job.positions]
+
+    def summary(self) -> LedgerSummary:
+        """See the port."""
+        states = Counter(str(row.state) for row in self._rows.values())
+        return LedgerSummary(
+            rows=dict(sorted(states.items())), clusters=tuple(map(asdict, self._clusters.values()))
+        )
+
+    def close(self) -> None:
+        """See the port."""
+
+
+class MemoryExpertStore:
+    """`core.ports.ExpertStore` that remembers where folders lie and checks nothing."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, Path] = {}
+
+    def put(self, folder: Path) -> StoredFolder:
+        """See the port."""
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+        stored = StoredFolder(path=digest.hexdigest(), sha256=digest.hexdigest())
+        self._folders.setdefault(stored.path, folder)
+        return stored
+
+    def open(self, stored: StoredFolder) -> Path:
+        """See the port."""
+        if stored.path not in self._folders:
+            raise ExpertCorrupt(f"{stored.path} was never put into this store")
+        return self._folders[stored.path]
+
+
+class ScriptedChild:
+    """`core.ports.Child` that runs a function in this process, at once."""
+
+    def __init__(self, run: Callable[[Path], Path]) -> None:
+        self._run = run
+        self._updates: list[JobUpdate] = []
+
+    def submit(self, folder: Path) -> None:
+        """See the port; an exception of the function is the job's error."""
+        try:
+            self._updates.append(JobUpdate(job=folder.name, result=self._run(folder)))
+        except Exception as error:  # noqa: BLE001 - a child's failure is a message, whatever it was
+            self._updates.append(JobUpdate(job=folder.name, error=str(error)))
+
+    def updates(self) -> list[JobUpdate]:
+        """See the port."""
+        said, self._updates = self._updates, []
+        return said
+
+    @property
+    def is_idle(self) -> bool:
+        """See the port."""
+        return not self._updates
+
+    def close(self) -> None:
+        """See the port."""
+
+
+# ---- serve's model ----
+
+
+class UniformAnswerer:
+    """`core.ports.Answerer` without a model: every text gets `reply` from the backbone and the same novelty."""
+
+    def __init__(self, reply: str = "ok", *, is_novel: bool = False, features: int = 4) -> None:
+        self._reply = reply
+        self._novelty = Novelty(
+            score=1.0, p_value=0.01 if is_novel else 0.9, entropy=0.0, nearest=None, is_novel=is_novel
+        )
+        self._features = np.zeros(features, dtype=np.float32)
+        self.registry = Registry()
+
+    def activate(self, registry: Registry) -> tuple[str, ...]:
+        """See the port."""
+        self.registry = registry
+        return ()
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """See the port."""
+        weights = (RoutingWeight(expert=None, version=0, weight=1.0),)
+        return [
+            Answer(
+                output=self._reply,
+                policy=Policy.BACKBONE,
+                weights=weights,
+                novelty=self._novelty,
+                features=self._features,
+            )
+            for _ in requests
+        ]
+
+    def score(self, inputs: Sequence[str], tenant: str) -> list[Novelty]:
+        """See the port."""
+        del tenant
+        return [self._novelty] * len(inputs)

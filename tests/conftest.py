@@ -77,7 +77,6 @@ def broker(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def kafka_config() -> MakeConfig:
     """A configuration with a prefix of its own, so that tests share a broker and nothing else."""
-
     from dylora_stream.stream.kafka import KafkaConfig
 
     def make(bootstrap_servers: str, **changes: object) -> KafkaConfig:

@@ -13,7 +13,7 @@ from dylora_stream.core.messages import Answer, Novelty, Request, Topic
 from dylora_stream.core.ports import Answerer
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
-from dylora_stream.serve.service import ServePorts, ServeService
+from dylora_stream.serve.service import ServePorts, ServeService, Worker
 from dylora_stream.settings import Settings
 from dylora_stream.stream.sink import KafkaSink
 from dylora_stream.stream.source import KafkaChangelog, KafkaSource
@@ -78,7 +78,8 @@ def serve_through(settings: Settings, answerer: Answerer, records: int, group: s
             metrics=Metrics(clock),
         )
         pipeline = Pipeline(metered, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
-        service = ServeService(ports, pipeline, settings.serve, model="bench", feature_space="", boot=group)
+        worker = Worker(model="bench", feature_space="bench", boot=group)
+        service = ServeService(ports, pipeline, settings.serve, worker)
         done, cpu_s, began_s = 0, 0.0, 0.0
         while done < records:
             step_s, step_cpu_s = time.monotonic(), time.process_time()

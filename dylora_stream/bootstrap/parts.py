@@ -14,7 +14,7 @@ from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
-from dylora_stream.stream.topics import TopicLayout, ensure_topics
+from dylora_stream.stream.topics import ensure_topics
 
 if TYPE_CHECKING:
     from dylora_stream.model.answering import MixtureAnswerer
@@ -126,7 +126,7 @@ def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertSta
 
 def create_topics(settings: Settings) -> list[Topic]:
     """The topics that are missing, created."""
-    return ensure_topics(settings.kafka, TopicLayout())
+    return ensure_topics(settings.kafka, settings.topics)
 
 
 def broker_folder(settings: Settings) -> Path:

@@ -54,7 +54,7 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
     """Answer until told to end. Raises DyloraError."""
     from dylora_stream.model.features import feature_space
     from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
-    from dylora_stream.serve.service import ServePorts, ServeService
+    from dylora_stream.serve.service import ServePorts, ServeService, Worker
     from dylora_stream.serve.sharing import SharedAnswerer
 
     with ExitStack() as closing:
@@ -73,14 +73,8 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
             metrics=metrics,
         )
         pipeline = Pipeline(answerer, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
-        service = ServeService(
-            ports,
-            pipeline,
-            settings.serve,
-            model=backbone.name,
-            feature_space=feature_space(backbone),
-            boot=_boot(),
-        )
+        worker = Worker(model=backbone.name, feature_space=feature_space(backbone), boot=_boot())
+        service = ServeService(ports, pipeline, settings.serve, worker)
         metrics.watch("lag_records", "", ports.source.lag_records)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=service.registry.number),
@@ -122,10 +116,13 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
             clock=clock,
             metrics=metrics,
         )
+        training = _training(settings)
         folders = LearnFolders(
-            jobs=settings.store.folder / "jobs", feedback_topic=kafka.topic(Topic.FEEDBACK)
+            jobs=(settings.store.folder / "jobs").absolute(),
+            reference=(settings.store.folder / f"reference-{training.feature_space}.safetensors").absolute(),
+            feedback_topic=kafka.topic(Topic.FEEDBACK),
         )
-        service = LearnService(ports, curator, settings.learn, _training(settings), folders)
+        service = LearnService(ports, curator, settings.learn, training, folders)
         metrics.watch("lag_records", "", ports.source.lag_records)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
@@ -197,10 +194,13 @@ def _until_signalled(service: _Service, *, is_supervised: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if is_supervised:
-        threading.Thread(
-            target=lambda: (sys.stdin.buffer.read(), service.drain()), daemon=True, name="pipe"
-        ).start()
+        threading.Thread(target=_drain_at_end, args=(service,), daemon=True, name="pipe").start()
     service.run()
+
+
+def _drain_at_end(service: _Service) -> None:
+    sys.stdin.buffer.read()  # until the supervisor's end of the pipe closes
+    service.drain()
 
 
 def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConfig, Identity]:

@@ -10,7 +10,7 @@ from typing import Any
 from dylora_stream.bootstrap.parts import expert_store, model_path, open_ledger
 from dylora_stream.core.errors import BrokerError, DatabaseBusy, DyloraError, ModelNotFound, TopicMissing
 from dylora_stream.core.experts import ExpertVersion, Registry
-from dylora_stream.core.messages import Novelty, Topic
+from dylora_stream.core.messages import Topic
 from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import Probe, machine_probes
 from dylora_stream.ops.files import FileRecord
@@ -22,11 +22,13 @@ from dylora_stream.stream.source import KafkaChangelog
 from dylora_stream.stream.topics import TopicState, describe_topics
 
 __all__ = [
-    "doctor_probes", "embedded_broker", "expert_folder", "newest_registry", "sample_stats", "score", "sender", "topic_states",
+    "doctor_probes", "embedded_broker", "expert_folder", "newest_registry", "sample_stats", "score", "sender",
+    "topic_states",
 ]  # fmt: skip
 
 READ_S = 30.0  # the experts topic, from its beginning
 DOCTOR_CONNECT_S = 3.0  # a doctor who waits a minute for a broker is no help
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNACKNOWLEDGED = 500  # records on their way before their fate is looked at
 CODECS = {"snappy": "snappy", "lz4": "lz4", "zstd": "zstandard"}  # Kafka's name -> module that reads it
 
@@ -97,7 +99,7 @@ def embedded_broker(folder: Path, port: int) -> EmbeddedBroker:
     return EmbeddedBroker(folder, port)
 
 
-def score(settings: Settings, text: str, tenant: str) -> Novelty:
+def score(settings: Settings, text: str, tenant: str) -> Mapping[str, Any]:
     """The novelty of a text, asked of the serve worker that uses this data folder."""
     address = _address(settings, "serve")
     if address is None:
@@ -105,7 +107,7 @@ def score(settings: Settings, text: str, tenant: str) -> Novelty:
             f"no serve worker has announced itself in {settings.store.folder}: start `dylora-stream run`, or set "
             "store.folder to the one that it uses"
         )
-    return Novelty(**ask(f"{address}/novelty", {"input": text, "tenant": tenant}))
+    return ask(f"{address}/novelty", {"input": text, "tenant": tenant})
 
 
 def sample_stats(settings: Settings) -> Mapping[str, Any]:
@@ -126,7 +128,7 @@ def doctor_probes(settings: Settings) -> dict[str, Probe]:
     quick = replace(settings.kafka, connect_timeout_s=DOCTOR_CONNECT_S)
     return {
         **machine_probes(settings.store.folder, settings.http, settings.model.threads),
-        "embedded broker": _probe_glibc,
+        "embedded broker": lambda: _probe_embedded(quick),
         "broker": lambda: _probe_broker(quick),
         "topics": lambda: _probe_topics(quick, creates=settings.topics.create),
         "codecs": _probe_codecs,
@@ -142,10 +144,12 @@ def _address(settings: Settings, role: str) -> str | None:
     return None
 
 
-def _probe_glibc() -> str:
+def _probe_embedded(kafka: KafkaConfig) -> str:
     problem = glibc_problem()
-    if problem is not None:
+    if problem is not None and any(host in LOOPBACK for host, _ in kafka.servers()):
         raise BrokerError(problem)
+    if problem is not None:
+        return f"not here, and not needed with {kafka.bootstrap_servers}"
     return "runs on this machine; start it with `dylora-stream broker`"
 
 

@@ -1,8 +1,10 @@
 """The command line: arguments in, exit codes out. The work is done by `bootstrap` and the rooms.
 
-Exit codes: 0 well, 1 failed, 2 a wrong setting or argument, 3 the broker, 4 a store, 5 the model, 130 Ctrl-C.
+Exit codes: 0 well, 1 failed, 2 a wrong setting or argument, 3 the broker, 4 a store, 5 the model, 130 Ctrl-C,
+143 SIGTERM.
 """
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from dylora_stream.core.errors import DyloraError
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 HELP = """A language model behind a Kafka topic that grows a LoRA expert for each new kind of record.
 
@@ -43,7 +46,11 @@ for group in (daemon, streams, views, machine, showcase):
 
 
 def main() -> NoReturn:
-    """Run the command line and end the process; our own errors are one line, without a traceback."""
+    """Run the command line and end the process; our own errors are one line, without a traceback.
+
+    SIGTERM unwinds like Ctrl-C, so that what a command started ends with it; the daemon's roles install their own.
+    """
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
     try:
         app()
     except DyloraError as error:

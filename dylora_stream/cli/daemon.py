@@ -37,8 +37,9 @@ def run(
 ) -> None:
     """Answer requests and learn from them, until Ctrl-C or SIGTERM.
 
-    Both signals drain: what was taken is finished and committed, then the process ends; a second one ends it at once. On
-    many machines start `--role serve` as often as there is work, and one `--role learn` with a shared store.experts.
+    Both signals drain: what was taken is finished and committed, then the process ends; a second one ends it at
+    once. On many machines start `--role serve` as often as there is work, and one `--role learn`, with one
+    store.experts for all.
     """
     settings = settings_from(config, assignments, bootstrap)
     from dylora_stream import bootstrap as roles
@@ -61,7 +62,8 @@ def broker(
 ) -> None:
     """Start the embedded broker in the foreground, for one machine; it keeps its topics over restarts.
 
-    It speaks Kafka's protocol well enough for the daemon, a demo and tests. For exactly-once over machines use a real Kafka.
+    It speaks Kafka's protocol well enough for the daemon, a demo and tests. Where nothing may be lost or repeated,
+    whatever fails, use a real Kafka.
     """
     from dylora_stream.bootstrap.tools import embedded_broker
 

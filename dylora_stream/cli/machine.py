@@ -53,8 +53,9 @@ def show_config(
 ) -> None:
     """Each setting, its value, and where it came from; secrets hidden.
 
-    A setting is named section.field in a TOML file (`[section]`, `field = value`) and in --set, and DYLORA_SECTION__FIELD in
-    the environment. Defaults are overridden by the file, the file by the environment, the environment by flags.
+    A setting is named section.field in a TOML file (`[section]`, `field = value`) and in --set, and
+    DYLORA_SECTION__FIELD in the environment. Defaults are overridden by the file, the file by the environment, the
+    environment by flags.
     """
     table = Table("setting", "value", "from")
     for row in settings_from(config, assignments, bootstrap).explain():

@@ -1,5 +1,6 @@
 """Options that several commands share, and the settings that they make."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,10 +42,16 @@ BootstrapOption = Annotated[
 def settings_from(
     config: Path | None, assignments: list[str] | None, bootstrap: str | None = None
 ) -> "Settings":
-    """The settings of a command; SettingsError says what is wrong."""
+    """The settings of a command; SettingsError says what is wrong. Logs go to stderr from here on, quietly: a command's
+    result is what it prints. The daemon's roles set their own.
+    """
+    from dylora_stream.logs import LogConfig, configure_logs
     from dylora_stream.settings import load_settings
 
     flags = list(assignments or [])
     if bootstrap is not None:
         flags.append(f"kafka.bootstrap_servers={bootstrap}")
-    return load_settings(config, flags)
+    settings = load_settings(config, flags)
+    is_default = settings.log.level == LogConfig().level
+    configure_logs(replace(settings.log, level="warning") if is_default else settings.log, "command")
+    return settings

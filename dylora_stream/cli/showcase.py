@@ -41,14 +41,17 @@ def demo(
 ) -> None:
     """Play a stream of real records through the whole daemon and show what it learned.
 
-    Starts a broker of its own (Apache Kafka where KAFKA_HOME names its folder), serve and learn; skills arrive one after
-    another and come back later, and nothing in a record names its skill. Exit code 1 when a record was lost or repeated.
+    Starts a broker of its own (Apache Kafka where KAFKA_HOME names its folder), serve and learn; skills arrive one
+    after another and come back later, and nothing in a record names its skill. Exit code 1 when a record was lost or
+    repeated.
     """
     from rich.console import Console
 
     from dylora_stream.demo.run import DemoConfig
     from dylora_stream.demo.run import demo as play
+    from dylora_stream.logs import LogConfig, configure_logs
 
+    configure_logs(LogConfig(level="warning"), "demo")
     chosen = DemoConfig(
         folder=folder,
         data=data,
@@ -62,11 +65,15 @@ def demo(
 
 
 def throughput(
-    report: ReportOption = None, config: ConfigOption = None, assignments: SetOption = None
+    report: ReportOption = None,
+    records: Annotated[int, typer.Option(min=8, help="Requests of one round.")] = 128,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
 ) -> None:
-    """Records a second, Kafka to Kafka, beside the bare backbone on the same records; and the daemon's own CPU a record."""
+    """Records a second, Kafka to Kafka, beside the bare backbone's on the same records; and our own CPU a record."""
     from rich.console import Console
 
-    from dylora_stream.bench.throughput import bench
+    from dylora_stream.bench.throughput import ThroughputConfig
+    from dylora_stream.bench.throughput import throughput as measure
 
-    bench(settings_from(config, assignments), report, Console())
+    measure(ThroughputConfig(records=records, report=report), settings_from(config, assignments), Console())

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from dylora_stream.ops.files import (
     read_records,
     timed,
 )
+
+if TYPE_CHECKING:
+    from dylora_stream.settings import Settings
 
 __all__ = ["register"]
 
@@ -104,7 +107,6 @@ def score(
     A higher score is more novel; p_value is null until an expert is calibrated.
     """
     import json
-    from dataclasses import asdict
 
     from dylora_stream.bootstrap import tools
 
@@ -112,19 +114,20 @@ def score(
     lines = (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
     for line in lines:
         if line.strip():
-            typer.echo(json.dumps(asdict(tools.score(settings, line, tenant))))
+            typer.echo(json.dumps(tools.score(settings, line, tenant), ensure_ascii=False))
 
 
-def _send(records: Iterable[FileRecord], total: int, settings: object) -> None:
+def _send(records: Iterable[FileRecord], total: int, settings: "Settings") -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dylora_stream.bootstrap.tools import sender
-    from dylora_stream.settings import Settings
 
-    assert isinstance(settings, Settings)
     columns = (TextColumn("sending"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     sent = 0
-    with Progress(*columns, transient=True) as progress, sender(settings) as send:
+    with (
+        Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress,
+        sender(settings) as send,
+    ):
         task = progress.add_task("sending", total=total)
         for record in records:
             send(record)

@@ -1,7 +1,7 @@
 """What learn remembers: rows, clusters, jobs, expert versions, and the changes that commit them together.
 
     row:      WAITING ─► CLUSTERED ─► ASSIGNED        cluster:  OPEN ─► TRAINING ─► LEARNED
-              UNLABELLED ─┘ (a late answer)                       ▲        └─► KNOWN | UNLEARNABLE
+              UNLABELLED ─┘ (a late answer)                       ▲        └─► KNOWN | UNLEARNABLE | MERGED
                                                                   └── rejected, with a longer buffer
 
 Invariant: a `Changes` is applied whole or not at all, with the positions it was made from and the messages it causes.
@@ -51,6 +51,7 @@ class ClusterState(StrEnum):
     LEARNED = "learned"  # an expert came of it, or took it over
     KNOWN = "known"  # the backbone alone serves it well
     UNLEARNABLE = "unlearnable"  # rejected too often
+    MERGED = "merged"  # its rows are another cluster's
 
 
 class JobKind(StrEnum):

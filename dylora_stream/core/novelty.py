@@ -1,7 +1,10 @@
 """How new a row is: distance to the nearest modes of each expert, fused with the router's entropy, turned into p-values.
 
-1. Rows are whitened with the experts' pooled covariance (so Euclidean distances are Mahalanobis ones, 1807.03888) and,
-   by setting, L2-normalised (Mahalanobis++, 2505.18032).
+1. Rows are whitened with the experts' pooled covariance (so Euclidean distances are Mahalanobis ones, 1807.03888), then
+   brought to length 1 (Mahalanobis++, 2505.18032) with the logarithm of their length as one coordinate more. Direction
+   tells experts apart; with a single expert the centre is its own mean, directions say nothing and the length does.
+   Demo skills, 64 rows an expert, AUROC / share of a new skill found at alpha = 0.05, one expert known and all but one:
+   whitened 0.997 / 0.99 and 0.966 / 0.78; length 1 alone 0.922 / 0.54 and 0.989 / 1.00; both 0.998 / 0.99 and 0.983 / 1.00.
 2. An expert is many modes, never one broad Gaussian: its rows themselves while they are few, k-means centres above a
    cap. An index finds the nearest few; where modes have members, they are re-ranked by local (diagonal) Mahalanobis.
 3. The distance is divided by what the expert's own held-out rows have at the median, and raised by the router's entropy.
@@ -53,8 +56,8 @@ class NoveltyConfig:
     reranked: int = 8
     """Nearest modes that are measured again with their local spread; at least `neighbours`."""
 
-    is_normalised: bool = False
-    """Whether whitened rows are brought to length 1 first."""
+    length_weight: float = 1.0
+    """Weight of a whitened row's log length beside its direction, at least 0. From 3 on, direction is drowned."""
 
     entropy_weight: float = 0.25
     """How much a router in full doubt raises the score: score = distance · (1 + weight · entropy / log experts)."""
@@ -76,6 +79,8 @@ class NoveltyConfig:
             raise ValueError(f"max_modes must be at least 2, not {self.max_modes}")
         if self.entropy_weight < 0 or self.entropy_temperature <= 0:
             raise ValueError("entropy_weight must be at least 0 and entropy_temperature above 0")
+        if self.length_weight < 0:
+            raise ValueError(f"length_weight must be at least 0, not {self.length_weight}")
         if self.beyond_margin < 1:
             raise ValueError(f"beyond_margin must be at least 1, not {self.beyond_margin}")
 
@@ -140,9 +145,9 @@ class _Fit:
 
     def _embed(self, features: np.ndarray) -> np.ndarray:
         rows = self._discriminant.whitening(features)
-        if self._config.is_normalised:
-            rows /= np.linalg.norm(rows, axis=1, keepdims=True) + TINY
-        return rows.astype(np.float32)
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True) + TINY
+        polar = np.concatenate([rows / lengths, self._config.length_weight * np.log(lengths)], axis=1)
+        return polar.astype(np.float32)
 
     def entropy(self, features: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """(n,) of the router's posterior over the allowed experts, nats; 0 where there is at most one."""

@@ -1,8 +1,8 @@
 """How an expert is trained: the recipe, and the learning rate at each step.
 
 Two schedules:
-- `wsd`, warm-up–stable–decay (2404.06395): linear warm-up, a plateau, a linear decay over the last share of the steps.
-  Against the paper: linear instead of exponential decay, which the paper finds equally good.
+- `wsd`, warm-up, stable, decay (2404.06395): linear warm-up, a plateau, a decay over the last share of the steps.
+  Against the paper: the decay is linear and ends one step above zero, so that the last step still moves.
 - `cyclical`: cosine restarts (SGDR, 1608.03983) of equal length between the rate and its floor, after a linear warm-up.
 """
 
@@ -66,8 +66,8 @@ class Recipe:
             raise ValueError(f"weight_decay is {self.weight_decay}: it must not be negative")
 
 
-SEEDING = Recipe()
-CONSOLIDATION = Recipe(rate=2.5e-4, epochs=3, decay_share=0.1)
+SEEDING = Recipe(rate=2e-3, warmup_share=0.1, decay_share=0.4)
+CONSOLIDATION = Recipe(rate=5e-4, epochs=3, decay_share=0.1)
 
 
 def steps_of(rows: int, recipe: Recipe) -> int:

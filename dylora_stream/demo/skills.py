@@ -7,7 +7,6 @@ Sources are read as text, nothing is imported: Python's standard library, and th
 and rich bring with them. Another version of one of these gives other rows of the same kinds.
 """
 
-import ast
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -21,11 +20,16 @@ __all__ = ["Skill", "load_skills"]
 
 MAX_INPUT_CHARS = 90  # about 35 tokens of the default backbone
 MAX_OUTPUT_CHARS = 36  # about 14 tokens: decoding is what a record costs
-MIN_WORDS, MAX_WORDS = 6, 14  # of a sentence
-STDLIB_PACKAGES = ("asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "xml")
+STDLIB_PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "urllib")
+
+FUNCTION_NAME = re.compile(r" *(?:async )?def (\w+)\(")
+ISSUE_LINK = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)")
+STYLE_RULE = re.compile(r"^ +([A-Z][\w.]+): +([\"'])[^\"'\n]*(#[0-9a-fA-F]{3,6})[^\"'\n]*\2,", re.MULTILINE)
+FUNCTION_HEAD = re.compile(r"^ *(?:async )?def \w+\(([^()\[\]{}\"'#:\n]*)\):", re.MULTILINE)
+IMPORT = re.compile(r"^from (?:\w+\.)+(\w+) import (\w+)$", re.MULTILINE)
+TABLE_ROW = re.compile(r"^np\.float32,0x\w+,(0x\w+),\d+", re.MULTILINE)
 
 Pair = tuple[str, str]
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +42,13 @@ class Skill:
 
 def load_skills(seed: int = 0) -> tuple[Skill, ...]:
     """All skills, their rows shuffled; the same installed packages and seed give the same rows."""
-    functions = tuple(stdlib_functions())
-    kinds: dict[str, Iterator[Pair]] = {
-        "traceback": traceback_frames(functions),
+    kinds = {
+        "traceback": traceback_frames(),
         "issue": issue_links(),
         "style": style_rules(),
-        "signature": signatures(functions),
+        "signature": signatures(),
         "import": imports(),
-        "sentence": sentences(functions),
+        "table": table_rows(),
     }
     return tuple(
         Skill(name=name, rows=distinct_rows(pairs, Random(f"{seed}-{name}"))) for name, pairs in kinds.items()
@@ -73,15 +76,19 @@ def is_usable(pair: Pair) -> bool:
 # --- the skills -----------------------------------------------------------------------------------------------------
 
 
-def traceback_frames(functions: Iterable[tuple[str, Function]]) -> Iterator[Pair]:
-    """Frames as a traceback shows them, at the last statement of each function of the standard library.
+def traceback_frames() -> Iterator[Pair]:
+    """Frames as a traceback shows them, for the `raise` statements of the standard library.
 
     `File "asyncio/base_events.py", line 1922, in _run_once` → `base_events.py:1922 _run_once`
     """
-    for path, function in functions:
-        line = function.body[-1].lineno
-        file = path.rpartition("/")[2]
-        yield f'File "{path}", line {line}, in {function.name}', f"{file}:{line} {function.name}"
+    for path, source in stdlib_sources():
+        function = ""
+        for number, line in enumerate(source.splitlines(), start=1):
+            if head := FUNCTION_NAME.match(line):
+                function = head[1]
+            elif function and line.lstrip().startswith("raise "):
+                file = path.rpartition("/")[2]
+                yield f'File "{path}", line {number}, in {function}', f"{file}:{number} {function}"
 
 
 def issue_links() -> Iterator[Pair]:
@@ -89,9 +96,8 @@ def issue_links() -> Iterator[Pair]:
 
     `https://github.com/pytorch/pytorch/issues/116101` → `pytorch/pytorch#116101`
     """
-    link = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)")
     for source in package_sources("torch", "sympy", "transformers", "numpy"):
-        for match in link.finditer(source):
+        for match in ISSUE_LINK.finditer(source):
             yield match[0], f"{match[1]}#{match[2]}"
 
 
@@ -100,21 +106,21 @@ def style_rules() -> Iterator[Pair]:
 
     `Name.Function: "bold #fdd0c0",` → `#fdd0c0 Name.Function`
     """
-    rule = re.compile(r"^ +([A-Z][\w.]+): +([\"'])[^\"'\n]*(#[0-9a-fA-F]{3,6})[^\"'\n]*\2,", re.MULTILINE)
     for source in package_sources("pygments.styles"):
-        for match in rule.finditer(source):
+        for match in STYLE_RULE.finditer(source):
             yield " ".join(match[0].split()), f"{match[3]} {match[1]}"
 
 
-def signatures(functions: Iterable[tuple[str, Function]]) -> Iterator[Pair]:
+def signatures() -> Iterator[Pair]:
     """Heads of the standard library's functions, with two parameters or more beside `self`.
 
     `def make_server(host, port, app, server_class=WSGIServer):` → `host port app server_class`
     """
-    for _, function in functions:
-        names = parameter_names(function.args)
-        if len(names) > 1:
-            yield f"def {function.name}({ast.unparse(function.args)}):", " ".join(names)
+    for _, source in stdlib_sources():
+        for match in FUNCTION_HEAD.finditer(source):
+            names = parameter_names(match[1])
+            if len(names) > 1:
+                yield match[0].strip(), " ".join(names)
 
 
 def imports() -> Iterator[Pair]:
@@ -122,52 +128,42 @@ def imports() -> Iterator[Pair]:
 
     `from torch.fx.traceback import annotate` → `traceback.annotate`
     """
-    statement = re.compile(r"^from (?:\w+\.)+(\w+) import (\w+)$", re.MULTILINE)
     for source in package_sources("torch", "peft", "pydantic", "huggingface_hub"):
-        for match in statement.finditer(source):
+        for match in IMPORT.finditer(source):
             yield match[0], f"{match[1]}.{match[2]}"
 
 
-def sentences(functions: Iterable[tuple[str, Function]]) -> Iterator[Pair]:
-    """First sentences of the standard library's docstrings.
+def table_rows() -> Iterator[Pair]:
+    """Rows of the tables that numpy checks its functions against: type, argument, right value, allowed error.
 
-    `Get the high and low watermarks for write flow control.` → `Get the high and...`
+    `np.float32,0x433fa31d,0xbf800000,2` → `0xbf800000`
     """
-    sentence = re.compile(r"([A-Z][A-Za-z', -]+)\.(?:\s|$)")
-    for _, function in functions:
-        match = sentence.match(" ".join((ast.get_docstring(function) or "").split()))
-        words = match[1].split() if match else []
-        if MIN_WORDS <= len(words) <= MAX_WORDS:
-            yield " ".join(words) + ".", " ".join(words[:4]).rstrip(",") + "..."
+    for source in package_sources("numpy", files="umath-validation-set-*.csv"):
+        for match in TABLE_ROW.finditer(source):
+            yield match[0], match[1]
+
+
+def parameter_names(parameters: str) -> list[str]:
+    """The names in a parameter list that has no brackets and no quotes, with their stars, without `self` and `cls`."""
+    names = (parameter.split("=")[0].strip() for parameter in parameters.split(","))
+    return [name for name in names if name not in {"", "*", "/", "self", "cls"}]
 
 
 # --- where the texts come from --------------------------------------------------------------------------------------
 
 
-def stdlib_functions() -> Iterator[tuple[str, Function]]:
-    """Every function of the standard library with its module's path, in the order of paths and lines."""
+def stdlib_sources() -> Iterator[tuple[str, str]]:
+    """Path and text of the standard library's modules, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
-    packages = (sorted((root / package).rglob("*.py")) for package in STDLIB_PACKAGES)
-    for path in chain(sorted(root.glob("*.py")), *packages):
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, Function):
-                yield path.relative_to(root).as_posix(), node
+    folders = (root, *(root / package for package in STDLIB_PACKAGES))
+    for path in sorted(chain.from_iterable(folder.glob("*.py") for folder in folders)):
+        yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="ignore")
 
 
-def parameter_names(parameters: ast.arguments) -> list[str]:
-    """The names in order, without `self` and `cls`, and with their stars."""
-    names = [parameter.arg for parameter in parameters.posonlyargs + parameters.args]
-    names += [f"*{parameters.vararg.arg}"] if parameters.vararg else []
-    names += [parameter.arg for parameter in parameters.kwonlyargs]
-    names += [f"**{parameters.kwarg.arg}"] if parameters.kwarg else []
-    return [name for name in names if name not in {"self", "cls"}]
-
-
-def package_sources(*packages: str) -> Iterator[str]:
-    """The text of each Python file of installed packages, in the order of their paths; absent packages give none."""
+def package_sources(*packages: str, files: str = "*.py") -> Iterator[str]:
+    """The text of installed packages' files, in the order of their paths; an absent package gives none."""
     for package in packages:
-        for path in sorted(package_folder(package).rglob("*.py")):
+        for path in sorted(package_folder(package).rglob(files)):
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 

@@ -6,17 +6,16 @@
 
 Each returns `Changes`, to be committed before anything of it is told to anyone; the curator's memory moves with
 them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
-
-Invariant: a row is in one place: `RowState` says which, `cluster_id` and `expert_id` say whose.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters
+from dylora_stream.core.clustering import ClusteringConfig, Reference
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Maturity, Registry
 from dylora_stream.core.ledger import (
@@ -30,8 +29,9 @@ from dylora_stream.core.ledger import (
     LedgerState,
     RowState,
 )
-from dylora_stream.core.messages import Feedback, Sample
+from dylora_stream.core.messages import Feedback, Sample, SampleReason
 from dylora_stream.core.ports import Clock, Codec, Partition
+from dylora_stream.learn.buffers import Buffers, Moved
 from dylora_stream.learn.knowledge import Knowledge
 from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord, newest_distinct
 
@@ -66,14 +66,11 @@ class Curator:
         self._codec = codec
         self._clock = clock
         self._rules = config.lifecycle
-        self._clustering = config.clustering
         self._knowledge = knowledge
         self.registry: Registry = state.registry
-        self._rows = {row.position: row for row in state.rows}
-        self._clusters = {cluster.cluster_id: cluster for cluster in state.clusters}
+        self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
         self._tracks: dict[str, TrackRecord] = {}
-        self._online: dict[str, OnlineClusters] = {}
-        self._consolidate_at: dict[str, int] = {}
+        self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
         knowledge.refresh(self.registry)
         for row in state.rows:
             self._remember(row)
@@ -85,7 +82,11 @@ class Curator:
     ) -> Changes:
         """New samples and late answers; `positions` is how far the topics were read."""
         changes = Changes(positions=dict(positions))
-        fresh = {str(sample.position): sample for sample in samples if str(sample.position) not in self._rows}
+        fresh = {
+            str(sample.position): sample
+            for sample in samples
+            if str(sample.position) not in self._buffers.rows
+        }
         for tenant in sorted({sample.tenant for sample in fresh.values()}):
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
         for late in feedback:
@@ -99,28 +100,30 @@ class Curator:
         served = {version.expert_id for version in self.registry.experts}
         for sample, match in zip(samples, matches, strict=True):
             row = _row(sample)
-            owner = sample.expert if sample.expert in served else match.nearest
-            is_served_well = bool(sample.is_correct) and sample.expert in served
-            if owner is not None and (not match.is_novel or is_served_well):
-                row = replace(row, state=RowState.ASSIGNED, expert_id=owner)
-            else:
-                row = replace(row, state=RowState.UNLABELLED if sample.output is None else RowState.WAITING)
-            self._put(row, changes)
+            if sample.is_correct and sample.expert in served:
+                row = replace(row, state=RowState.ASSIGNED, expert_id=sample.expert)
+            elif not match.is_novel:
+                row = replace(row, state=RowState.ASSIGNED, expert_id=match.nearest)
+            elif sample.output is None:
+                row = replace(row, state=RowState.UNLABELLED)
+            self._buffers.put(row, changes)
             self._remember(row)
 
     def _label(self, late: Feedback, changes: Changes) -> None:
         """A late answer joins its row; one without a row is reported."""
-        row = self._rows.get(str(late.position)) if late.position else self._by_request(late)
+        row = self._buffers.rows.get(str(late.position)) if late.position else self._by_request(late)
         if row is None or row.tenant != late.tenant:
             entity = str(late.position or late.id)
             self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, {"tenant": late.tenant})
         elif row.output is None:
             state = RowState.WAITING if row.state is RowState.UNLABELLED else row.state
-            self._put(replace(row, output=late.output, state=state), changes)
+            self._buffers.put(replace(row, output=late.output, state=state), changes)
 
     def _by_request(self, late: Feedback) -> LedgerRow | None:
         found = (
-            row for row in self._rows.values() if row.request_id == late.id and row.tenant == late.tenant
+            row
+            for row in self._buffers.rows.values()
+            if row.request_id == late.id and row.tenant == late.tenant
         )
         return next(found, None)
 
@@ -144,7 +147,7 @@ class Curator:
         return self._sketch_job() or self._seed_job() or self._consolidation_job()
 
     def _sketch_job(self) -> JobRequest | None:
-        waiting = sorted(self._in_state(RowState.WAITING), key=lambda row: (row.time_ms, row.position))
+        waiting = self._buffers.in_state(RowState.WAITING)
         if not waiting:
             return None
         waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
@@ -153,34 +156,28 @@ class Curator:
         return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=tuple(waiting[:256]))
 
     def _seed_job(self) -> JobRequest | None:
-        for cluster in self._clusters.values():
+        for cluster in self._buffers.clusters.values():
             if cluster.state is not ClusterState.OPEN:
                 continue
-            members = [
-                row for row in self._in_state(RowState.CLUSTERED) if row.cluster_id == cluster.cluster_id
-            ]
-            rows = newest_distinct(members, self._rules.max_seed_rows)
-            if len(rows) < cluster.rows_wanted:
-                continue
-            if self._clusters_of(cluster.tenant).readiness(cluster.cluster_id, cluster.rows_wanted).is_ready:
-                return JobRequest(
-                    kind=JobKind.SEED, tenant=cluster.tenant, rows=tuple(rows), cluster_id=cluster.cluster_id
-                )
+            rows = newest_distinct(self._buffers.members(cluster.cluster_id), self._rules.max_seed_rows)
+            if len(rows) >= cluster.rows_wanted and self._buffers.is_ready(cluster):
+                named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
+                return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
         return None
 
     def _consolidation_job(self) -> JobRequest | None:
+        assigned = self._buffers.in_state(RowState.ASSIGNED)
         for version in self.registry.experts:
-            owned = [row for row in self._in_state(RowState.ASSIGNED) if row.expert_id == version.expert_id]
+            owned = [row for row in assigned if row.expert_id == version.expert_id]
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
-            fresh = sum(not row.is_trained for row in rows)
-            if fresh >= self._consolidate_at.get(version.expert_id, self._rules.rows_to_consolidate):
-                return JobRequest(
-                    kind=JobKind.CONSOLIDATE,
-                    tenant=version.tenant,
-                    rows=tuple(rows),
-                    expert_id=version.expert_id,
-                )
+            if sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id):
+                named = {"tenant": version.tenant, "expert_id": version.expert_id}
+                return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
         return None
+
+    def _wanted_to_consolidate(self, expert_id: str) -> int:
+        """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
+        return self._rules.rows_to_consolidate << self._vain_attempts[expert_id]
 
     def start(self, request: JobRequest, job_id: str) -> Changes:
         """The job is about to be submitted."""
@@ -198,8 +195,9 @@ class Curator:
         )
         changes.jobs[job_id] = job
         if request.cluster_id is not None:
-            cluster = self._clusters[request.cluster_id]
-            self._put_cluster(replace(cluster, state=ClusterState.TRAINING), changes)
+            cluster = self._buffers.clusters[request.cluster_id]
+            self._buffers.put_cluster(replace(cluster, state=ClusterState.TRAINING), changes)
+            self._buffers.take_out(cluster.cluster_id, cluster.tenant)
             self._tell(
                 EventType.BUFFER_READY, cluster.cluster_id, job_id, changes, {"rows": len(request.rows)}
             )
@@ -210,15 +208,26 @@ class Curator:
 
     # ── finish ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether `refer_to` was called."""
+        return self._buffers.reference is not None
+
+    def refer_to(self, reference: Reference) -> None:
+        """What similarities are measured against; it comes with the first sketch job."""
+        self._buffers.refer_to(reference)
+
     def sketched(self, job: JobRecord, sketches: Mapping[str, np.ndarray]) -> Changes:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
         changes.jobs[job.job_id] = replace(job, state=JobState.DONE)
         for position, sketch in sketches.items():
-            row = self._rows[position]
+            row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
-                self._place(replace(row, sketch=sketch), changes)
+                self._tell_moved(self._buffers.place(replace(row, sketch=sketch), changes), position, changes)
         self._reassign(changes)
+        for tenant in self._buffers.tenants():
+            self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
         return changes
 
     def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:
@@ -232,8 +241,7 @@ class Curator:
         if registry is not None:
             self._go_live(job, report, registry, changes)
         elif job.kind is JobKind.CONSOLIDATE:
-            wanted = self._consolidate_at.get(expert_id, self._rules.rows_to_consolidate)
-            self._consolidate_at[expert_id] = 2 * wanted
+            self._vain_attempts[expert_id] += 1
             self._tell(EventType.EXPERT_REJECTED, expert_id, job.job_id, changes, report)
         else:
             self._settle(job, report, changes)
@@ -248,10 +256,9 @@ class Curator:
             EventType.TRAINING_FAILED, entity, job.job_id, changes, {"job": job.job_id, "error": error}
         )
         if job.cluster_id is not None:
-            self._back_off(self._clusters[job.cluster_id], changes)
+            self._back_off(self._buffers.clusters[job.cluster_id], changes)
         if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
-            wanted = self._consolidate_at.get(job.expert_id, self._rules.rows_to_consolidate)
-            self._consolidate_at[job.expert_id] = 2 * wanted
+            self._vain_attempts[job.expert_id] += 1
         return changes
 
     def _go_live(
@@ -265,32 +272,34 @@ class Curator:
         self._publish(registry, [expert_id], changes)
         kind = EventType.EXPERT_SPAWNED if job.kind is JobKind.SEED else EventType.EXPERT_PROMOTED
         self._tell(kind, expert_id, job.job_id, changes, {"version": version.version, **report})
-        owned = set(job.positions)
-        if job.cluster_id is not None:
-            cluster = self._clusters[job.cluster_id]
-            self._put_cluster(replace(cluster, state=ClusterState.LEARNED, expert_id=expert_id), changes)
-            owned |= {row.position for row in self._rows.values() if row.cluster_id == job.cluster_id}
         trained = set(job.positions)
-        for position in sorted(owned):
-            self._assign(self._rows[position], expert_id, changes, is_trained=position in trained)
-        self._consolidate_at.pop(expert_id, None)
+        if job.cluster_id is not None:
+            cluster = self._buffers.clusters[job.cluster_id]
+            learned = replace(cluster, state=ClusterState.LEARNED, expert_id=expert_id)
+            self._buffers.put_cluster(learned, changes)
+            trained |= {row.position for row in self._buffers.members(job.cluster_id)}
+        for position in sorted(trained):
+            is_trained = position in job.positions
+            self._buffers.assign(self._buffers.rows[position], expert_id, changes, is_trained=is_trained)
+        self._vain_attempts.pop(expert_id, None)
         self._knowledge.refresh(registry)
         self._reassign(changes)
 
     def _settle(self, job: JobRecord, report: Mapping[str, Any], changes: Changes) -> None:
         """A cluster that needs no expert of its own, or did not earn one."""
-        cluster = self._clusters[job.cluster_id or ""]
-        decision, neighbour = report["decision"], report.get("with")
-        members = [row for row in self._rows.values() if row.cluster_id == cluster.cluster_id]
-        if decision in ("drift", "confused") and self.registry.expert(neighbour or "") is not None:
-            self._put_cluster(replace(cluster, state=ClusterState.LEARNED, expert_id=neighbour), changes)
+        cluster = self._buffers.clusters[job.cluster_id or ""]
+        decision, neighbour = report["decision"], str(report.get("with"))
+        if decision in ("drift", "confused") and self.registry.expert(neighbour) is not None:
+            learned = replace(cluster, state=ClusterState.LEARNED, expert_id=neighbour)
+            self._buffers.put_cluster(learned, changes)
+            members = self._buffers.members(cluster.cluster_id)
             for row in members:
-                self._assign(row, neighbour, changes)
+                self._buffers.assign(row, neighbour, changes)
             merged = {"into": neighbour, "reason": decision, "rows": len(members)}
             self._tell(EventType.CLUSTER_MERGED, cluster.cluster_id, job.job_id, changes, merged)
         elif decision == "known_to_backbone":
-            self._put_cluster(replace(cluster, state=ClusterState.KNOWN), changes)
-            self._retire_rows(members, changes)
+            self._buffers.put_cluster(replace(cluster, state=ClusterState.KNOWN), changes)
+            self._buffers.settle(cluster.cluster_id, changes)
         else:
             self._tell(EventType.EXPERT_REJECTED, job.expert_id or "", job.job_id, changes, report)
             self._back_off(cluster, changes)
@@ -300,79 +309,34 @@ class Curator:
         if rejections < self._rules.max_rejections:
             wanted = self._rules.rows_after_rejection(cluster.rows_wanted)
             again = replace(cluster, state=ClusterState.OPEN, rejections=rejections, rows_wanted=wanted)
-            self._put_cluster(again, changes)
+            self._buffers.put_cluster(again, changes)
+            self._buffers.bring_back(cluster.cluster_id)
             return
-        self._put_cluster(replace(cluster, state=ClusterState.UNLEARNABLE, rejections=rejections), changes)
-        self._tell(
-            EventType.CLUSTER_UNLEARNABLE,
-            cluster.cluster_id,
-            "unlearnable",
-            changes,
-            {"attempts": rejections},
+        self._buffers.put_cluster(
+            replace(cluster, state=ClusterState.UNLEARNABLE, rejections=rejections), changes
         )
-        self._retire_rows(
-            [row for row in self._rows.values() if row.cluster_id == cluster.cluster_id], changes
-        )
+        numbers = {"attempts": rejections}
+        self._tell(EventType.CLUSTER_UNLEARNABLE, cluster.cluster_id, "unlearnable", changes, numbers)
+        self._buffers.settle(cluster.cluster_id, changes)
 
-    # ── rows, clusters and the registry ──────────────────────────────────────────────────────────────────────────────
-
-    def _place(self, row: LedgerRow, changes: Changes) -> None:
-        """A sketched row into its cluster."""
-        placement = self._clusters_of(row.tenant).place(row.position, row.features, row.sketch, row.time_ms)
-        if placement.cluster_id not in self._clusters:
-            cluster = ClusterRecord(
-                cluster_id=placement.cluster_id,
-                skill_id=f"s-{placement.cluster_id}",
-                tenant=row.tenant,
-                state=ClusterState.OPEN,
-                created_ms=row.time_ms,
-                rows_wanted=self._rules.rows_to_seed,
-            )
-            self._put_cluster(cluster, changes)
-            self._tell(
-                EventType.CLUSTER_CREATED, cluster.cluster_id, row.position, changes, {"tenant": row.tenant}
-            )
-        self._put(replace(row, state=RowState.CLUSTERED, cluster_id=placement.cluster_id), changes)
-        for source, target in placement.merged:
-            self._merge(source, target, row.position, changes)
-        cluster = self._clusters[placement.cluster_id]
-        if cluster.state in (ClusterState.KNOWN, ClusterState.UNLEARNABLE):
-            self._retire_rows([self._rows[row.position]], changes)
-
-    def _merge(self, source: str, target: str, cause: str, changes: Changes) -> None:
-        for row in [row for row in self._rows.values() if row.cluster_id == source]:
-            self._put(replace(row, cluster_id=target), changes)
-        self._tell(EventType.CLUSTER_MERGED, source, cause, changes, {"into": target})
+    # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _reassign(self, changes: Changes) -> None:
         """Waiting rows that the newest experts know are theirs."""
-        training = {key for key, cluster in self._clusters.items() if cluster.state is ClusterState.TRAINING}
+        clusters = self._buffers.clusters.items()
+        training = {key for key, cluster in clusters if cluster.state is ClusterState.TRAINING}
         waiting = [
             row
             for state in (RowState.WAITING, RowState.UNLABELLED, RowState.CLUSTERED)
-            for row in self._in_state(state)
+            for row in self._buffers.in_state(state)
             if row.cluster_id not in training
         ]
         for tenant in sorted({row.tenant for row in waiting}):
             rows = [row for row in waiting if row.tenant == tenant]
-            for row, match in zip(
-                rows, self._knowledge.match(tenant, np.stack([row.features for row in rows])), strict=True
-            ):
+            matches = self._knowledge.match(tenant, np.stack([row.features for row in rows]))
+            for row, match in zip(rows, matches, strict=True):
                 if match.nearest is not None and not match.is_novel:
-                    self._assign(row, match.nearest, changes)
-
-    def _assign(
-        self, row: LedgerRow, expert_id: str | None, changes: Changes, *, is_trained: bool = False
-    ) -> None:
-        self._clusters_of(row.tenant).forget([row.position])
-        owned = replace(
-            row, state=RowState.ASSIGNED, expert_id=expert_id, is_trained=row.is_trained or is_trained
-        )
-        self._put(owned, changes)
-
-    def _retire_rows(self, rows: Iterable[LedgerRow], changes: Changes) -> None:
-        for row in rows:
-            self._put(replace(row, state=RowState.SETTLED), changes)
+                    self._buffers.assign(row, match.nearest, changes)
 
     def _publish(self, registry: Registry, expert_ids: Sequence[str], changes: Changes) -> None:
         """Manifests first, the registry last: whoever reads the registry finds what it names."""
@@ -383,33 +347,25 @@ class Curator:
                 changes.messages.append(self._codec.encode_manifest(version))
         changes.messages.append(self._codec.encode_registry(registry))
 
+    def _tell_moved(self, moved: Moved, cause: str, changes: Changes) -> None:
+        for cluster in moved.created:
+            data = {"tenant": cluster.tenant, "skill": cluster.skill_id}
+            self._tell(EventType.CLUSTER_CREATED, cluster.cluster_id, cause, changes, data)
+        for source, target in moved.merged:
+            self._tell(EventType.CLUSTER_MERGED, source, cause, changes, {"into": target})
+
     def _tell(
         self, kind: EventType, entity: str, cause: str, changes: Changes, data: Mapping[str, Any]
     ) -> None:
         event = lifecycle_event(kind, entity, cause, self._clock.now_ms(), data)
         changes.messages.append(self._codec.encode_event(event))
 
-    def _put(self, row: LedgerRow, changes: Changes) -> None:
-        self._rows[row.position] = changes.rows[row.position] = row
-
-    def _put_cluster(self, cluster: ClusterRecord, changes: Changes) -> None:
-        self._clusters[cluster.cluster_id] = changes.clusters[cluster.cluster_id] = cluster
-
-    def _in_state(self, state: RowState) -> list[LedgerRow]:
-        return [row for row in self._rows.values() if row.state is state]
-
-    def _clusters_of(self, tenant: str) -> OnlineClusters:
-        if tenant not in self._online:
-            self._online[tenant] = OnlineClusters(self._clustering, np.random.default_rng(0))
-        return self._online[tenant]
-
     def _remember(self, row: LedgerRow) -> None:
-        """What a stored row means for clusters and track records."""
-        if row.state is RowState.CLUSTERED and row.cluster_id is not None:
-            self._clusters_of(row.tenant).restore(
-                row.position, row.features, row.sketch, row.time_ms, row.cluster_id
-            )
-        if row.is_correct is not None and row.served_by is not None:
+        """What a row says of the expert that answered it."""
+        is_known = (
+            row.reason != SampleReason.NOVEL
+        )  # a new kind of record says nothing about who had to answer it
+        if is_known and row.is_correct is not None and row.served_by is not None:
             self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import structlog
 from safetensors.numpy import load_file
 
+from dylora_stream.core.clustering import Reference
 from dylora_stream.core.errors import BadRecord, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
@@ -109,9 +110,10 @@ class LearnPorts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnFolders:
-    """Where jobs lie, and which topic carries feedback."""
+    """Where jobs and the reference of similarities lie, and which topic carries feedback."""
 
     jobs: Path
+    reference: Path
     feedback_topic: str
 
 
@@ -155,11 +157,10 @@ class LearnService:
 
     def recover(self) -> None:
         """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again."""
-        note = self._ports.source.committed_note()
-        if note:
-            self._ports.ledger.published(int(note))
+        self._forget_published()
         self._positions = self._ports.ledger.positions()
         self._resume.extend(self._ports.ledger.load().jobs)
+        self._read_reference()
 
     def step(self) -> int:
         """One round, 1 to 6; returns how many records it took."""
@@ -232,6 +233,7 @@ class LearnService:
 
     def _finish(self, job: JobRecord, result: Path) -> Changes:
         if job.kind is JobKind.SKETCH:
+            self._read_reference()
             sketches = load_file(result / "sketches.safetensors")["sketches"]
             return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
         report = read_report(result)
@@ -240,6 +242,13 @@ class LearnService:
         log.info("training_completed", job=job.job_id, kind=job.kind, expert=job.expert_id, decision=decision)
         registry = self._new_registry(job, report, result) if decision == "promoted" else None
         return self._curator.trained(job, report, registry)
+
+    def _read_reference(self) -> None:
+        """The child wrote it with the first sketch job."""
+        if self._curator.has_reference or not self._folders.reference.exists():
+            return
+        numbers = load_file(self._folders.reference)
+        self._curator.refer_to(Reference(**numbers))
 
     def _new_registry(self, job: JobRecord, report: Mapping[str, Any], result: Path) -> Registry:
         """The registry with the job's version in it; its files are in the store before anyone hears of them."""
@@ -287,7 +296,11 @@ class LearnService:
         job_id = job_digest(description, request.rows)
         changes = self._curator.start(request, job_id)
         job = changes.jobs[job_id]
-        named = {"expert_id": job.expert_id, "version": job.version}
+        named = {
+            "expert_id": job.expert_id,
+            "version": job.version,
+            "reference": str(self._folders.reference),
+        }
         folder = write_job(self._folders.jobs, job_id, description | named, request.rows)
         self._ports.ledger.commit(changes)
         self._submit(job, folder)
@@ -354,6 +367,12 @@ class LearnService:
         except TransactionAborted as error:
             log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
             self._ports.metrics.aborted()
+            self._forget_published()  # a commit that ran into its time-out may have happened all the same
             self._ports.source.rewind()
             return
         self._ports.ledger.published(last)
+
+    def _forget_published(self) -> None:
+        note = self._ports.source.committed_note()
+        if note:
+            self._ports.ledger.published(int(note))

@@ -1,7 +1,7 @@
 """An expert's weights, and their PEFT folder on disk.
 
-In memory the update of a linear layer is `B A x`: the scale lies in B already. On disk the same matrices are written with
-`lora_alpha = r`, so that plain `peft.PeftModel.from_pretrained` applies them unchanged. Safetensors only.
+In memory the update of a linear layer is `B A x`: the scale lies in B already. On disk the same matrices are written
+with `lora_alpha = r`, so that plain `peft.PeftModel.from_pretrained` applies them unchanged. Safetensors only.
 """
 
 import json
@@ -82,14 +82,20 @@ def load_adapter(folder: Path) -> Adapter:
         rank = int(config["r"])
         scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ExpertCorrupt(f"the adapter in {folder} cannot be read ({type(error).__name__}: {error})") from error
+        raise ExpertCorrupt(
+            f"the adapter in {folder} cannot be read ({type(error).__name__}: {error})"
+        ) from error
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
         name, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         halves.setdefault(name, {})[half] = tensor.to(torch.float32)
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, pair in halves.items():
-        if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != rank or pair["lora_B"].shape[1] != rank:
+        if (
+            set(pair) != {"lora_A", "lora_B"}
+            or pair["lora_A"].shape[0] != rank
+            or pair["lora_B"].shape[1] != rank
+        ):
             raise ExpertCorrupt(f"the adapter in {folder} has no pair of rank {rank} for {name}")
         tensors[name] = (pair["lora_A"], pair["lora_B"] if scale == 1.0 else pair["lora_B"] * scale)
     return Adapter(rank=rank, tensors=tensors)
@@ -110,8 +116,8 @@ def _card(manifest: Mapping[str, Any]) -> str:
         "",
         f"# {manifest.get('expert_id', 'expert')}, version {manifest.get('version', 1)}",
         "",
-        f"A LoRA expert of DyLoRA Stream for `{backbone['name']}` (digest `{backbone['digest'][:12]}`), "
-        f"{manifest['parameters']:,} parameters.",
+        f"A LoRA expert of DyLoRA Stream, {manifest['parameters']:,} parameters, for this backbone:",
+        f"`{backbone['name']}`, digest `{backbone['digest'][:12]}`.",
         "",
         "The prompt is this template; the answer follows and ends with the tokenizer's end token:",
         "",

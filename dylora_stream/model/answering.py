@@ -17,6 +17,7 @@ from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, RoutingWeight
 from dylora_stream.core.novelty import NoveltyScores
 from dylora_stream.core.ports import ExpertStore
+from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.config import GenerationConfig
 from dylora_stream.model.decoding import generate, rank_choices
 from dylora_stream.model.features import length_sorted, read_stem
@@ -79,14 +80,16 @@ class MixtureAnswerer:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Raises BadRecord for the first that is too long or has too many choices."""
         prompts = self._backbone.prompt_ids([request.input for request in requests])
-        for request, prompt in zip(requests, prompts, strict=True):
-            self._admit(request, prompt)
+        targets = [self._admit(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
         answers: dict[int, Answer] = {}
         for kind in (False, True):
             rows = [row for row, request in enumerate(requests) if bool(request.choices) is kind]
             for batch in length_sorted([len(prompts[row]) for row in rows], self._generation.micro_batch):
                 chosen = [rows[place] for place in batch]
-                part = self._batch([requests[row] for row in chosen], [prompts[row] for row in chosen])
+                tokens = self._backbone.pad([prompts[row] for row in chosen])
+                part = self._batch(
+                    [requests[row] for row in chosen], tokens, [targets[row] for row in chosen]
+                )
                 answers.update(zip(chosen, part, strict=True))
         return [answers[row] for row in range(len(requests))]
 
@@ -103,14 +106,13 @@ class MixtureAnswerer:
         self._live.close()
 
     @torch.no_grad()
-    def _batch(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[Answer]:
+    def _batch(
+        self, requests: Sequence[Request], tokens: Tokens, targets: Sequence[Sequence[list[int]]]
+    ) -> list[Answer]:
         """One micro-batch, all with choices or all without."""
-        tokens = self._backbone.pad(prompts)
         with self._live.serving(tokens.attention_mask, [request.tenant for request in requests]) as current:
             if requests[0].choices:
-                best = rank_choices(
-                    self._backbone, self._live.pool, tokens, [request.choices for request in requests]
-                )
+                best = rank_choices(self._backbone, self._live.pool, tokens, targets)
                 outputs = [request.choices[index] for request, index in zip(requests, best, strict=True)]
             else:
                 ids = generate(self._backbone, self._live.pool, tokens, self._generation.max_new_tokens)
@@ -177,7 +179,8 @@ class MixtureAnswerer:
                     "set model.name and model.stem_layers back, or use another topic prefix"
                 )
 
-    def _admit(self, request: Request, prompt: list[int]) -> None:
+    def _admit(self, request: Request, prompt: list[int]) -> list[list[int]]:
+        """The choices' token ids. Raises BadRecord for what cannot be answered."""
         self._admit_length(len(prompt), request.input)
         if len(request.choices) > self._generation.max_choices:
             raise BadRecord(
@@ -187,12 +190,14 @@ class MixtureAnswerer:
             )
         targets = self._backbone.target_ids(request.choices)
         longest = max((len(target) for target in targets), default=0)
-        if longest > self._generation.max_new_tokens:
+        room = self._max_tokens + self._generation.max_new_tokens - len(prompt)
+        if longest > room:
             raise BadRecord(
                 "choice_too_long",
-                f"a choice has {longest} tokens; generation.max_new_tokens is {self._generation.max_new_tokens}",
+                f"a choice has {longest} tokens, beside this input are {room}",
                 stage="answer",
             )
+        return targets
 
     def _admit_length(self, tokens: int, text: str) -> None:
         if tokens > self._max_tokens:

@@ -2,10 +2,9 @@
 
 Any Hugging Face causal language model: the decoder layers are found as the longest ModuleList of its body, linear
 layers as `Linear` and GPT-2's `Conv1D`. Nothing here changes a weight. Rows are padded on the left, so that answers
-end where generation goes on; padding is known by the attention mask alone (pad and end token are the same id in SmolLM2).
+end where generation goes on; padding is known by the attention mask alone (SmolLM2's pad and end token are one id).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +20,14 @@ from transformers.utils import logging as transformers_logging
 from dylora_stream.core.errors import ModelError, ModelNotFound, SettingsError
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.fetch import explain_load_error, fetch_backbone, is_model_folder
+from dylora_stream.model.identity import DEFAULT_TEMPLATE, folder_digest
 
 __all__ = [
     "DEFAULT_TEMPLATE", "IGNORED", "Backbone", "PromptTemplate", "Tokens", "capture_input", "fetch_backbone",
     "linear_shape", "load_backbone",
 ]  # fmt: skip
 
-DEFAULT_TEMPLATE = "{input}\n\nAnswer: "
 IGNORED = -100  # label of a position that is not part of an answer
-DIGESTED = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,9 @@ class Backbone:
     name: str
     dtype: torch.dtype
     template: PromptTemplate = field(default_factory=PromptTemplate)
-    has_plain_head: bool = True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
+    has_plain_head: bool = (
+        True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
+    )
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +140,7 @@ class Backbone:
             return []
         prompts = [self.template.render(text) for text in inputs]
         ids: list[list[int]] = self.tokenizer(prompts)["input_ids"]
-        return [row if row else [self.eos_id] for row in ids]
+        return [row or [self.eos_id] for row in ids]
 
     def target_ids(self, outputs: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each ended by the end token."""
@@ -209,7 +209,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
     trust = config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=trust, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -239,17 +239,9 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer; Conv1D keeps its weight transposed."""
-    rows, columns = module.weight.shape
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (int(rows), int(columns)) if isinstance(module, Conv1D) else (int(columns), int(rows))
-
-
-def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of the files that determine what the model computes."""
-    whole = hashlib.sha256()
-    for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern) if path.is_file()}):
-        with path.open("rb") as file:
-            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
 
 
 @contextmanager
@@ -271,7 +263,9 @@ def _decoder_layers(body: nn.Module) -> nn.ModuleList:
     """The longest ModuleList of the body."""
     lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise ModelError(f"{type(body).__name__} has no list of decoder layers: it cannot be split into stem and pool")
+        raise ModelError(
+            f"{type(body).__name__} has no list of decoder layers: it cannot be split into stem and pool"
+        )
     return max(lists, key=len)
 
 

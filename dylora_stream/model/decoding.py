@@ -61,10 +61,13 @@ def generate(backbone: Backbone, pool: Pool, tokens: Tokens, max_new_tokens: int
 
 @torch.no_grad()
 def rank_choices(
-    backbone: Backbone, pool: Pool, tokens: Tokens, choices: Sequence[Sequence[str]]
+    backbone: Backbone, pool: Pool, tokens: Tokens, choices: Sequence[Sequence[list[int]]]
 ) -> list[int]:
-    """The likeliest choice of each row: mean log-likelihood of its tokens, end token included; ties go to the first."""
-    targets = backbone.target_ids([choice for row in choices for choice in row])
+    """The likeliest choice of each row: mean log-likelihood of its tokens, end token included; the first of equals.
+
+    choices: of each row the token ids of each choice, ended by the end token (`Backbone.target_ids`).
+    """
+    targets = [target for row in choices for target in row]
     owners = [row for row, row_choices in enumerate(choices) for _ in row_choices]
     last, cache = _prefill(backbone, tokens)
     first = last.float().log_softmax(-1)  # (B, V): the choices' first tokens need no pass of their own

@@ -1,11 +1,11 @@
 """Features: fixed functions of backbone, text and answer, never of experts or routing.
 
-- stem features: the mean of the stem's output over a prompt's tokens, without the first one (its norm is 7 × the
-  others' and encodes length). Read in the same pass that answers (serve) or with the stem alone (children).
+- stem features: the mean of the stem's output over a prompt's tokens, without the first one (its norm is seven times
+  the others' and encodes length). Read in the same pass that answers (serve) or with the stem alone (children).
 - answer sketch: the gradient of the answer's loss with respect to the head, without a backward pass. At answer position
-  t it is the outer product of Wᵀ(softmax − one-hot) with the state h_t; each factor goes through a fixed random projection,
-  the two are multiplied element by element and averaged over the answer (a product sketch, as TRAK 2303.14186 and LESS
-  2402.04333 project per-example gradients). Normalised to length 1.
+  t it is the outer product of Wᵀ(softmax - one-hot) with the state h_t; each factor goes through a fixed random
+  projection, the two are multiplied element by element and averaged over the answer (TRAK 2303.14186 and LESS
+  2402.04333 project per-example gradients too). Normalised to length 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dylora_stream.model.backbone import Backbone, Tokens
+from dylora_stream.model.identity import FEATURE_VERSION, feature_space_name
 
 __all__ = [
     "FEATURE_VERSION", "SKETCH_SIZE", "LabelledText", "answer_sketches", "feature_space", "length_sorted", "read_stem",
     "stem_features", "stem_states",
 ]  # fmt: skip
 
-FEATURE_VERSION = 1  # changes whenever a number below or the pooling changes
 SKETCH_SIZE = 512  # numbers of an answer sketch
 SKETCH_SEED = 20_240_229  # of the two projections: part of FEATURE_VERSION
 BATCH = 16  # rows of one pass
@@ -47,7 +47,7 @@ class _StemRead(Exception):
 
 def feature_space(backbone: Backbone) -> str:
     """The name of the space that features of this backbone live in; equal names mean comparable features."""
-    return f"stem{backbone.stem_layers}-v{FEATURE_VERSION}-{backbone.digest[:12]}"
+    return feature_space_name(backbone.stem_layers, backbone.digest)
 
 
 def stem_features(states: Tensor, mask: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ def length_sorted(lengths: Sequence[int], batch: int) -> list[list[int]]:
 
 
 def _head_gradients(backbone: Backbone, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(states h_t, d loss / d h_t), each (answer tokens, d) float32: Wᵀ(softmax − one-hot)."""
+    """(states h_t, d loss / d h_t), each (answer tokens, d) float32: Wᵀ(softmax - one-hot)."""
     states = backbone.body(**tokens.inputs(), use_cache=False)[0][tokens.answer_positions()]
     errors = torch.softmax(backbone.head(states).float(), dim=-1)
     ids = tokens.answer_ids()
     errors[torch.arange(len(ids), device=ids.device), ids] -= 1.0
-    weight = backbone.head.weight
+    weight: Any = backbone.head.weight
     return states.float(), (errors.to(weight.dtype) @ weight).float()
 
 

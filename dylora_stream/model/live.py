@@ -119,7 +119,7 @@ class LiveExperts:
             )
         for expert in experts:
             self.check(expert)
-        router = Router([_statistics(expert) for expert in experts], network, self._parts)
+        router = self._router_of(experts, network)
         held = {id(old.adapter): int(slot) for old, slot in zip(self._experts, self._slots, strict=True)}
         kept = {id(expert.adapter) for expert in experts} & held.keys()
         free = [slot for slot in range(1, self.pool.slots + 1) if slot not in {held[key] for key in kept}]
@@ -161,6 +161,16 @@ class LiveExperts:
             return self.serving(tokens.attention_mask * (tokens.labels == IGNORED), [tenant] * len(chosen))
 
         return enter
+
+    def _router_of(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None) -> Router:
+        """Fitted anew only where an expert came, went, or has other rows: that takes seconds."""
+
+        def rows(group: Sequence[LoadedExpert]) -> list[tuple[str, str, int]]:
+            return [(expert.expert_id, expert.tenant, id(expert.features)) for expert in group]
+
+        if rows(experts) == rows(self._experts):
+            return self._router.refreshed([expert.is_mature for expert in experts], network)
+        return Router([_statistics(expert) for expert in experts], network, self._parts)
 
     def close(self) -> None:
         """Take every hook off the backbone. May be called twice."""

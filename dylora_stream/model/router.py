@@ -5,6 +5,7 @@ modes and calibration are fitted together, and the same registry gives the same 
 nothing in it.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,12 @@ class Router:
         self._scorer = NoveltyScorer.fit(
             distinct_rows, self.discriminant, parts.index_factory, parts.novelty, rng
         )
+
+    def refreshed(self, is_mature: Sequence[bool], network: RouterNetwork | None) -> "Router":
+        """The same experts and rows with other maturities or another network: nothing is fitted again."""
+        fresh = copy.copy(self)
+        fresh._is_mature, fresh._network = np.array(is_mature, dtype=bool), network  # noqa: SLF001 - of its own class
+        return fresh
 
     def allowed(self, tenants: Sequence[str]) -> np.ndarray:
         """(B, E) bool: a tenant's experts serve that tenant alone."""

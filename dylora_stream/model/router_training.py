@@ -3,9 +3,9 @@
 loss = cross-entropy of the route on stored exemplars of all experts, the same number of each
      + task_weight · loss of the answer on the new expert's rows, under the dense gates, through the gates' weights.
 
-Only the new expert's column moves; old columns and, once fitted, the shared layers are frozen, so that old routes change
-only where the new expert competes. The shared layers are fitted together with the columns the first time there are two
-experts to tell apart: with one there is nothing to learn from.
+Only the new expert's column moves; old columns and, once fitted, the shared layers are frozen, so that old routes
+change only where the new expert competes. The shared layers are fitted together with the columns the first time there
+are two experts to tell apart: with one there is nothing to learn from.
 
 The closed form that the network adds to is cross-fitted here: a discriminant is sure of the rows it was fitted on, and
 the network would learn nothing from those.
@@ -30,6 +30,7 @@ from dylora_stream.model.network import RouterNetwork
 __all__ = ["RouterLesson", "RouterTrained", "RouterTraining", "dense_shares", "train_router"]
 
 FOLDS = 4  # of the cross-fitted closed form
+CALM = 1e-3  # Adam's epsilon: gradients far under it, on routes that are right already, move nothing
 READ_BATCH = 16  # rows of one pass through the stem
 
 
@@ -44,7 +45,7 @@ class RouterTraining:
     exemplars: int = 64
     """Stored rows of each expert, at most."""
     max_tokens: int = 8192
-    """Tokens of all exemplars together: bounds the passes through the stem; experts give fewer rows where it is short."""
+    """Tokens of all exemplars together, which bounds the passes through the stem; longer texts mean fewer rows."""
     task_batches: int = 3
     """Batches of the new rows whose answer loss goes through the gates; each is a forward and a backward pass."""
     task_rows: int = 6
@@ -107,21 +108,23 @@ def train_router(
     routing: RoutingConfig,
     config: RouterTraining,
 ) -> RouterTrained:
-    """A network with the lesson's expert in it; `network` itself is not changed. `live` holds all experts, the new one too.
+    """A network with the lesson's expert in it; `network` itself is not changed. `live` holds all experts, it included.
 
-    Experts without stored rows take part with their closed form alone. With one expert the network is returned untrained.
+    Experts without stored rows take part with their closed form alone. With one expert nothing is trained.
     """
     began = time.perf_counter()
     backbone = live.backbone
     fresh = _copied(network, backbone, lesson)
-    expert_ids = [expert.expert_id for expert in live.experts if lesson.exemplars.get(expert.expert_id)]
+    tenant = _tenant(live, lesson.expert_id)
+    rivals = [expert.expert_id for expert in live.experts if expert.tenant == tenant]
+    expert_ids = [expert_id for expert_id in rivals if lesson.exemplars.get(expert_id)]
     if len(expert_ids) < 2 or lesson.expert_id not in expert_ids:
         return RouterTrained(
             network=fresh, accuracy_closed_form=1.0, accuracy=1.0, seconds=time.perf_counter() - began
         )
     lines = _read(backbone, [(name, lesson.exemplars[name]) for name in expert_ids], routing, config)
     parameters = _open(fresh, lesson.expert_id, expert_ids)
-    optimizer = torch.optim.AdamW(parameters, lr=config.rate, weight_decay=config.decay)
+    optimizer = torch.optim.AdamW(parameters, lr=config.rate, eps=CALM, weight_decay=config.decay)
     weights = 1.0 / torch.bincount(lines.owners, minlength=len(expert_ids)).clamp(min=1).float()
     tasks = _tasks(backbone, lesson, config)
     with torch.enable_grad():
@@ -129,7 +132,9 @@ def train_router(
             loss = nn.functional.cross_entropy(lines.logits(fresh, expert_ids), lines.owners, weight=weights)
             # Answers' batches are spread evenly over the steps.
             if (step + 1) * config.task_batches // config.steps > step * config.task_batches // config.steps:
-                loss = loss + config.task_weight * _task_loss(live, fresh, next(tasks), routing)
+                loss = loss + config.task_weight * _task_loss(
+                    live, fresh, lesson.expert_id, next(tasks), routing
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -224,6 +229,11 @@ def _cross_fitted(features: np.ndarray, owners: np.ndarray, expert_ids: Sequence
     return logits - logits.max(axis=1, keepdims=True)
 
 
+def _tenant(live: LiveExperts, expert_id: str) -> str:
+    """Of a live expert: it competes with its tenant's experts alone."""
+    return next(expert.tenant for expert in live.experts if expert.expert_id == expert_id)
+
+
 def _tasks(backbone: Backbone, lesson: RouterLesson, config: RouterTraining) -> Iterator[Tokens]:
     """Batches of the new expert's rows with their answers, for ever, in a seeded order."""
     rows = lesson.exemplars[lesson.expert_id]
@@ -233,15 +243,19 @@ def _tasks(backbone: Backbone, lesson: RouterLesson, config: RouterTraining) -> 
         yield backbone.encode([rows[row].input for row in chosen], [rows[row].output for row in chosen])
 
 
-def _task_loss(live: LiveExperts, network: RouterNetwork, tokens: Tokens, routing: RoutingConfig) -> Tensor:
+def _task_loss(
+    live: LiveExperts, network: RouterNetwork, expert_id: str, tokens: Tokens, routing: RoutingConfig
+) -> Tensor:
     """Mean answer loss under the dense gates; gradients reach the network through the gates' weights alone."""
     discriminant = live.router.discriminant
     assert discriminant is not None
+    is_other = torch.from_numpy(~live.router.allowed([_tenant(live, expert_id)]))
 
     def decide(stem: StemOutput) -> None:
         closed_form = torch.from_numpy(discriminant.logits(stem.features.detach().cpu().numpy()))
         tempered = (closed_form / routing.temperature_dense).float().to(stem.states.device)
         logits = tempered + network(stem.states, stem.mask, discriminant.expert_ids)
+        logits = logits.masked_fill(is_other.to(logits.device), -torch.inf)
         experts, weights = dense_shares(logits, routing)
         live.pool.set_gates(live.slots_of(experts.cpu().numpy()), weights)
 

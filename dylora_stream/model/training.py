@@ -1,8 +1,8 @@
 """Training one expert on a frozen backbone.
 
-Three savings, none of which changes the result: logits are computed at answer positions only; the stem's output of a row
-is computed once and kept (where that is proved equal on the first batch, else every pass is whole); the backbone's
-weights take no gradient. Same rows, recipe, seed and thread count give the same bits.
+Three savings, none of which changes the result: logits are computed at answer positions only; the stem's output of a
+row is computed once and kept (where that is proved equal on a batch, else every pass is whole); the backbone's weights
+take no gradient. Same rows, recipe, seed and thread count give the same bits.
 
 Invariant: the backbone's weights are bit-identical afterwards, and no hook stays behind.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
 from dylora_stream.model.features import LabelledText, length_sorted, stem_states
 
-__all__ = ["RowScores", "Trained", "attached", "row_losses", "score_rows", "train_expert"]
+__all__ = ["RowScores", "Trained", "TrainingOptions", "attached", "row_losses", "score_rows", "train_expert"]
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
@@ -32,6 +32,20 @@ SCORE_BATCH = 16  # rows of one scoring pass
 Progress = Callable[[int, int, float], None]
 Gate = Callable[[list[int], Tokens], AbstractContextManager[Any]]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How a training runs, beside its recipe."""
+
+    seed: int
+    """Of A's values and the order of rows."""
+    start: Adapter | None = None
+    """The version to train on from; None starts from nothing."""
+    progress: Progress | None = None
+    """Called with (step, steps, loss) after each step."""
+    may_cache_stem: bool = True
+    """Keep the stem's output of each row, where that is proved equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,23 +81,22 @@ def train_expert(
     backbone: Backbone,
     rows: Sequence[LabelledText],
     recipe: Recipe,
-    *,
-    seed: int,
-    start: Adapter | None = None,
-    progress: Progress | None = None,
-    may_cache_stem: bool = True,
+    options: TrainingOptions,
 ) -> Trained:
-    """Train an expert from nothing, or on from `start`. Raises TrainingFailed when no row is usable or the loss is lost."""
+    """Train an expert from nothing, or on from an earlier version.
+
+    Raises TrainingFailed when no row is usable, or the loss stops being a number.
+    """
     began = time.perf_counter()
     usable = [row for row in _tokenised(backbone, rows) if len(row) <= recipe.max_row_tokens]
     if not usable:
         raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
-    order = np.random.default_rng(seed)
-    pairs, scale = _initial(backbone, recipe, start, seed)
+    order = np.random.default_rng(options.seed)
+    pairs, scale = _initial(backbone, recipe, options)
     optimizer = _optimizer(pairs, recipe)
     steps = steps_of(len(usable), recipe)
     losses: list[float] = []
-    stem = _StemCache.proved(backbone, usable) if may_cache_stem else None
+    stem = _StemCache.proved(backbone, usable) if options.may_cache_stem else None
     with attached(backbone, pairs, scale), stem or nullcontext(), torch.enable_grad():
         for chosen in _batches(usable, recipe, order):
             _set_rate(optimizer, rate_at(len(losses), steps, recipe), recipe)
@@ -91,18 +104,26 @@ def train_expert(
             if stem is not None:
                 stem.put(chosen, tokens)
             losses.append(_step(backbone, tokens, optimizer, recipe))
-            if progress is not None:
-                progress(len(losses), steps, losses[-1])
+            if options.progress is not None:
+                options.progress(len(losses), steps, losses[-1])
     if not np.isfinite(losses).all():
-        raise TrainingFailed(f"the loss was lost after {int(np.isfinite(losses).sum())} of {steps} steps: lower the rate")
+        raise TrainingFailed(
+            f"the loss was lost after {int(np.isfinite(losses).sum())} of {steps} steps: lower the rate"
+        )
     adapter = _adapter(pairs, scale)
     seconds = time.perf_counter() - began
     return Trained(
-        adapter=adapter, losses=tuple(losses), rows=len(usable), seconds=seconds, is_stem_cached=stem is not None
+        adapter=adapter,
+        losses=tuple(losses),
+        rows=len(usable),
+        seconds=seconds,
+        is_stem_cached=stem is not None,
     )
 
 
-def row_losses(backbone: Backbone, rows: Sequence[LabelledText], adapter: Adapter | None = None) -> np.ndarray:
+def row_losses(
+    backbone: Backbone, rows: Sequence[LabelledText], adapter: Adapter | None = None
+) -> np.ndarray:
     """(n,) float32 mean loss of each row's answer tokens, under the backbone or one adapter alone."""
     return score_rows(backbone, rows, adapter).losses
 
@@ -154,10 +175,10 @@ def _lora_hook(a: Tensor, b: Tensor, scale: float) -> Callable[[nn.Module, tuple
 
 
 class _StemCache:
-    """The stem's output of every training row; as a context, the stem's layers hand it on instead of computing.
+    """The stem's output of every training row; within it, the stem's layers hand that on instead of computing.
 
-    The layers stay in their places with their attributes, only their `forward` is shadowed: embeddings, masks and position
-    tables are the model's own, whatever its architecture.
+    The layers stay in their places with their attributes, only their `forward` is shadowed: embeddings, masks and
+    position tables are the model's own, whatever its architecture.
     """
 
     def __init__(self, backbone: Backbone, states: list[Tensor]) -> None:
@@ -192,7 +213,7 @@ class _StemCache:
         """The states (B, T, d) of the next forward pass."""
         self._batch = batch
 
-    def __enter__(self) -> "_StemCache":
+    def __enter__(self) -> Self:
         for layer in self._layers:
             layer.forward = lambda *_args, **_kwargs: self._batch
         return self
@@ -228,11 +249,12 @@ def _padded(backbone: Backbone, rows: Sequence[_Row]) -> Tokens:
 
 
 def _initial(
-    backbone: Backbone, recipe: Recipe, start: Adapter | None, seed: int
+    backbone: Backbone, recipe: Recipe, options: TrainingOptions
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """Trainable pairs and their scale: A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT), B zero; or a copy of `start`."""
+    """Trainable pairs and their scale: A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT) and B zero, or a copy."""
+    start = options.start
     scale = recipe.alpha / (start.rank if start is not None else recipe.rank)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     if start is not None:
         # B is kept without its scale, so that a step moves it as far as it did in the first training.
@@ -262,7 +284,7 @@ def _step(backbone: Backbone, tokens: Tokens, optimizer: torch.optim.Optimizer, 
     """One forward, backward and update; the mean loss of the batch's answer tokens."""
     loss = nn.functional.cross_entropy(backbone.answer_logits(tokens).float(), tokens.answer_ids())
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     optimizer.step()
@@ -284,6 +306,7 @@ def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -
 
 def _adapter(pairs: Pairs, scale: float) -> Adapter:
     tensors = {
-        name: (a.detach().float().cpu().clone(), (b.detach() * scale).float().cpu()) for name, (a, b) in pairs.items()
+        name: (a.detach().float().cpu().clone(), (b.detach() * scale).float().cpu())
+        for name, (a, b) in pairs.items()
     }
     return Adapter(rank=next(iter(tensors.values()))[0].shape[0], tensors=tensors)

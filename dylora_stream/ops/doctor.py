@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from dylora_stream.core.errors import DyloraError
-from dylora_stream.ops.http import HttpConfig
+from dylora_stream.ops.http import SERVER_NAME, HttpConfig
 
 __all__ = ["Check", "Probe", "examine", "machine_probes"]
 
@@ -94,11 +96,23 @@ def probe_port(http: HttpConfig) -> str:
         try:
             probe.bind((http.host, http.port))
         except OSError as error:
+            if _is_ours(f"http://{http.host}:{http.port}/healthz"):
+                return f"{http.host}:{http.port} is ours: a daemon is running"
             raise DyloraError(
-                f"{http.host}:{http.port} cannot be used ({error.strerror}); is the daemon running already? "
-                "Otherwise set another http.port, or 0 for any free one"
+                f"{http.host}:{http.port} cannot be used ({error.strerror}): another program has it. "
+                "Set another http.port, or 0 for any free one"
             ) from error
     return f"{http.host}:{http.port} is free"
+
+
+def _is_ours(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as response:  # noqa: S310 - http, as written above
+            return str(response.headers["Server"]).startswith(SERVER_NAME)
+    except HTTPError as error:
+        return str(error.headers["Server"]).startswith(SERVER_NAME)
+    except OSError:
+        return False
 
 
 def _check(name: str, probe: Probe) -> Check:

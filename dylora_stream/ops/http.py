@@ -12,6 +12,7 @@ listens on loopback unless told otherwise.
 """
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from dylora_stream.core.messages import DEFAULT_TENANT, Novelty
 __all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes"]
 
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+SERVER_NAME = "dylora-stream"  # what the doctor recognises a running daemon by
 REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing for so long is let go
 
 
@@ -127,7 +129,7 @@ class _Exchange(BaseHTTPRequestHandler):
 
     routes: HttpRoutes
     max_body_bytes: int
-    server_version = "dylora-stream"
+    server_version = SERVER_NAME
     sys_version = ""
     timeout = REQUEST_TIMEOUT_S
 
@@ -190,13 +192,24 @@ class _Exchange(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _send_json(self, status: HTTPStatus, document: Mapping[str, Any]) -> None:
-        self._send(status, json.dumps(document, allow_nan=False).encode(), "application/json")
+        self._send(
+            status, json.dumps(_finite(document), default=float, allow_nan=False).encode(), "application/json"
+        )
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self._send_json(status, {"error": message})
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name for it
         """Scrapes every few seconds are not worth a log line."""
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: both become null, as on the wire."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _question(body: bytes) -> tuple[str, str]:

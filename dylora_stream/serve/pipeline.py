@@ -7,7 +7,7 @@ before the model sees it, so it can never touch the answer or the route.
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dylora_stream.core.errors import BadRecord, DyloraError
@@ -16,6 +16,7 @@ from dylora_stream.core.messages import (
     Answer,
     DeadLetter,
     OutboundMessage,
+    Position,
     RawRecord,
     Request,
     Sample,
@@ -89,7 +90,7 @@ class Pipeline:
             return None
 
     def _answer(
-        self, requests: Sequence[Request], records: dict, outcome: Outcome
+        self, requests: Sequence[Request], records: Mapping[Position, RawRecord], outcome: Outcome
     ) -> list[tuple[Request, Answer]]:
         if not requests:
             return []

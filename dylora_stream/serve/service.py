@@ -23,7 +23,7 @@ from dylora_stream.core.messages import RawRecord
 from dylora_stream.core.ports import Answerer, Changelog, Clock, Codec, Sink, Source
 from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
 
-__all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService"]
+__all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService", "Worker"]
 
 log = structlog.get_logger(__name__)
 
@@ -74,6 +74,15 @@ class ServePorts:
     metrics: ServeMetrics
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Who answers: the model's name, the space of its features, and the boot that events are told apart by."""
+
+    model: str
+    feature_space: str
+    boot: str
+
+
 @dataclass(slots=True)
 class _Progress:
     registry: Registry = field(default_factory=Registry)
@@ -84,14 +93,11 @@ class _Progress:
 class ServeService:
     """Runs until it is told to drain."""
 
-    def __init__(
-        self, ports: ServePorts, pipeline: Pipeline, config: ServeConfig, *, model: str, boot: str
-    ) -> None:
+    def __init__(self, ports: ServePorts, pipeline: Pipeline, config: ServeConfig, worker: Worker) -> None:
         self._ports = ports
         self._pipeline = pipeline
         self._config = config
-        self._model = model
-        self._boot = boot
+        self._worker = worker
         self._progress = _Progress()
 
     @property
@@ -131,7 +137,9 @@ class ServeService:
             return 0
         started_s = self._ports.clock.monotonic_s()
         serving = Serving(
-            model=self._model, registry_number=self.registry.number, feature_space=self.registry.feature_space
+            model=self._worker.model,
+            registry_number=self.registry.number,
+            feature_space=self._worker.feature_space,
         )
         outcome = self._pipeline.answer(batch.records, serving)
         try:
@@ -166,7 +174,7 @@ class ServeService:
     def _announce(
         self, kind: EventType, entity: str | None = None, data: dict[str, object] | None = None
     ) -> None:
-        worker = f"serve-{self._boot}"
+        worker = f"serve-{self._worker.boot}"
         event = lifecycle_event(
             kind, entity or worker, worker, self._ports.clock.now_ms(), data or {"role": "serve"}
         )

@@ -10,7 +10,6 @@ Each broker runs in a session of its own, so that Ctrl-C reaches it through its 
 
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import signal
@@ -36,6 +35,23 @@ READY_S = 60.0
 STOP_S = 15.0
 POLL_S = 0.05
 HEAP = "512m"
+SINGLE_NODE = (  # what is 1 where there is one node
+    "num.partitions",
+    "offsets.topic.replication.factor",
+    "transaction.state.log.replication.factor",
+    "transaction.state.log.min.isr",
+    "share.coordinator.state.topic.replication.factor",
+    "share.coordinator.state.topic.min.isr",
+)
+LOG4J = """\
+status = error
+appender.out.type = Console
+appender.out.name = out
+appender.out.layout.type = PatternLayout
+appender.out.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
+rootLogger.level = warn
+rootLogger.appenderRef.out.ref = out
+"""
 
 
 def free_port(count: int = 1) -> int:
@@ -69,7 +85,9 @@ def noida_binary() -> Path:
     spec = importlib.util.find_spec("noida_db")
     found = Path(spec.origin).parent / "noida-db" if spec is not None and spec.origin else None
     if found is None or not found.is_file():
-        raise BrokerError("the embedded broker is not installed: pip install noida-db, or name a Kafka of your own")
+        raise BrokerError(
+            "the embedded broker is not installed: pip install noida-db, or name a Kafka of your own"
+        )
     return found
 
 
@@ -110,6 +128,7 @@ class _Server:
     def start(self) -> None:
         """Start the server and wait until it accepts connections. BrokerError says why it did not."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._refuse_a_second_one()
         self._prepare()
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
@@ -120,13 +139,17 @@ class _Server:
                 cwd=self.data_dir,
                 start_new_session=True,
             )
-        marker = {"kind": self.kind, "pid": self._process.pid, "bootstrap_servers": self.bootstrap_servers}
-        (self.data_dir / MARKER).write_text(json.dumps(marker))
+        self.mark(self._process.pid)
         try:
             self._wait_until_ready(self._process)
         except BaseException:
             self.stop()
             raise
+
+    def mark(self, pid: int) -> None:
+        """Leave the file that `is_embedded` looks at."""
+        marker = {"kind": self.kind, "pid": pid, "bootstrap_servers": self.bootstrap_servers}
+        (self.data_dir / MARKER).write_text(json.dumps(marker))
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL when that takes too long. May be called twice."""
@@ -160,10 +183,22 @@ class _Server:
     ) -> None:
         self.stop()
 
+    def _refuse_a_second_one(self) -> None:
+        """Two servers on one folder would break it; one can outlive an owner that was killed."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            marker = json.loads((self.data_dir / MARKER).read_text())
+            servers, pid = str(marker["bootstrap_servers"]), int(marker["pid"])
+            if not _is_free(int(servers.rpartition(":")[2])) and Path(f"/proc/{pid}").exists():
+                raise BrokerError(
+                    f"a broker (process {pid}) already serves {self.data_dir} at {servers}: use it, or `kill {pid}`"
+                )
+
     def _last_port(self) -> int:
         """The port of the last run where it is free, so that a restart keeps its address."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            last = int(json.loads((self.data_dir / MARKER).read_text())["bootstrap_servers"].rpartition(":")[2])
+            last = int(
+                json.loads((self.data_dir / MARKER).read_text())["bootstrap_servers"].rpartition(":")[2]
+            )
             if _is_free(last):
                 return last
         return free_port(2)
@@ -180,9 +215,13 @@ class _Server:
         while _is_free(self.port):
             if process.poll() is not None:
                 tail = self.log_file.read_text(errors="replace")[-500:].strip()
-                raise BrokerError(f"the broker ended with code {process.returncode}; {self.log_file} ends with: {tail}")
+                raise BrokerError(
+                    f"the broker ended with code {process.returncode}; {self.log_file} ends with: {tail}"
+                )
             if time.monotonic() > end:
-                raise BrokerUnreachable(f"the broker did not listen within {READY_S:g} s; see {self.log_file}")
+                raise BrokerUnreachable(
+                    f"the broker did not listen within {READY_S:g} s; see {self.log_file}"
+                )
             time.sleep(POLL_S)
 
 
@@ -219,14 +258,7 @@ class ApacheKafka(_Server):
 
     def _defaults(self) -> dict[str, str]:
         controller = f"{LOOPBACK}:{self.port + 1}"
-        single = {
-            name: "1"
-            for name in (
-                "offsets.topic.replication.factor", "transaction.state.log.replication.factor",
-                "transaction.state.log.min.isr", "share.coordinator.state.topic.replication.factor",
-                "share.coordinator.state.topic.min.isr", "num.partitions",
-            )
-        }  # fmt: skip
+        single = dict.fromkeys(SINGLE_NODE, "1")
         return single | {
             "process.roles": "broker,controller",
             "node.id": "1",
@@ -250,24 +282,37 @@ class ApacheKafka(_Server):
             raise BrokerError("Apache Kafka needs Java 17 on the PATH")
         lines = [f"{name}={value}" for name, value in self._properties.items()]
         (self.data_dir / "server.properties").write_text("\n".join(lines) + "\n")
-        (self.data_dir / "log4j2.properties").write_text(
-            "status = error\nappender.out.type = Console\nappender.out.name = out\nappender.out.layout.type = PatternLayout\n"
-            "appender.out.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n\nrootLogger.level = warn\n"
-            "rootLogger.appenderRef.out.ref = out\n"
-        )
+        (self.data_dir / "log4j2.properties").write_text(LOG4J)
         if not (self.data_dir / "log" / "meta.properties").exists():
             (self.data_dir / "log").mkdir(exist_ok=True)
             cluster = self._tool("kafka.tools.StorageTool", "random-uuid").strip().splitlines()[-1]
-            self._tool("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self.data_dir / "server.properties"))
+            self._tool(
+                "kafka.tools.StorageTool",
+                "format",
+                "-t",
+                cluster,
+                "-c",
+                str(self.data_dir / "server.properties"),
+            )
 
     def _java(self) -> list[str]:
         logging = f"-Dlog4j2.configurationFile={(self.data_dir / 'log4j2.properties').absolute()}"
-        return ["java", "-Xms128m", f"-Xmx{HEAP}", "-Djava.awt.headless=true", logging, "-cp", self._classpath]
+        return [
+            "java",
+            "-Xms128m",
+            f"-Xmx{HEAP}",
+            "-Djava.awt.headless=true",
+            logging,
+            "-cp",
+            self._classpath,
+        ]
 
     def _tool(self, *arguments: str) -> str:
         done = subprocess.run([*self._java(), *arguments], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise BrokerError(f"{' '.join(arguments[:2])} failed: {(done.stderr or done.stdout)[-500:].strip()}")
+            raise BrokerError(
+                f"{' '.join(arguments[:2])} failed: {(done.stderr or done.stdout)[-500:].strip()}"
+            )
         return done.stdout
 
     def _command(self) -> list[str]:
@@ -291,7 +336,7 @@ class EmbeddedIds:
         aside = self._memory.with_name(self._memory.name + ".new")
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(str(number))
-        os.replace(aside, self._memory)
+        aside.replace(self._memory)
         return f"{self._base}-{number}"
 
     def _last(self) -> int:

@@ -1,12 +1,4 @@
-"""Bytes to messages and back, as pure functions; the fields themselves are in `schemas`.
-
-A request is a JSON object when its value starts with `{`, plain text otherwise; CloudEvents 1.0 are read in both modes
-of the Kafka protocol binding: structured (`application/cloudevents+json`) and binary (`ce_*` headers). What cannot be
-read raises BadRecord with one of these reasons:
-
-    empty_record  too_large  invalid_utf8  malformed_json  wrong_type  missing_input  empty_input  invalid_tenant
-    invalid_choices  too_many_choices  output_not_in_choices       and for feedback: missing_output  missing_target
-    invalid_position
+"""Bytes to messages and back, as pure functions; fields are in `schemas`, what users write in `incoming`.
 
 Invariant: decoding never raises anything but BadRecord, whatever the bytes are.
 Invariant: a sample, a registry and a manifest decode to what was encoded (features to float16's precision).
@@ -15,26 +7,22 @@ Sources: github.com/cloudevents/spec (spec.md, bindings/kafka-protocol-binding.m
 """
 
 import base64
-import binascii
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel
+from pydantic_core import to_json
 
 from dylora_stream.core.errors import BadRecord
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.messages import (
-    DEFAULT_TENANT,
     Answer,
     DeadLetter,
     Event,
-    Feedback,
     Headers,
     Novelty,
     OutboundMessage,
@@ -46,13 +34,19 @@ from dylora_stream.core.messages import (
     SampleReason,
     Topic,
 )
+from dylora_stream.stream.incoming import (
+    RecordLimits,
+    decode_feedback,
+    decode_request,
+    json_object,
+    text_of,
+    validated,
+)
 from dylora_stream.stream.schemas import (
     DeadLetterPointer,
-    FeedbackData,
     ManifestData,
     NoveltyData,
     RegistryData,
-    RequestData,
     ResultData,
     SampleData,
     StoredFolderData,
@@ -69,161 +63,8 @@ REGISTRY_KEY = b"registry"  # the one key of the experts topic that is no expert
 ERROR_HEADER = "dylora.error."  # prefix of the headers that a dead letter carries beside the original ones
 HEAD_BYTES = 64 * 1024  # what a pointer keeps of a record that is over the limit
 MESSAGE_CHARS = 2000  # an error's text in a header
-STRUCTURED = "application/cloudevents+json"
 JSON_HEADER = ("content-type", b"application/json")
 FLOAT16_MAX = 65504.0
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordLimits:
-    """What a request may cost."""
-
-    max_bytes: int = 1024 * 1024  # of the value; Kafka's own default for a message
-    max_choices: int = 64  # each one is a row of the ranking batch
-
-    def __post_init__(self) -> None:
-        if self.max_bytes < 1 or self.max_choices < 1:
-            raise ValueError("max_bytes and max_choices must be at least 1")
-
-
-DEFAULT_LIMITS = RecordLimits()
-
-
-# ---- requests and feedback ----
-
-
-def decode_request(record: RawRecord, limits: RecordLimits = DEFAULT_LIMITS) -> Request:
-    """The request in a record; BadRecord with a reason when there is none."""
-    payload, envelope = _payload(record, limits)
-    data = RequestData(input=payload) if isinstance(payload, str) else _validated(RequestData, payload)
-    if not data.input.strip():
-        raise BadRecord("empty_input", "the input is empty or blank")
-    choices = _checked_choices(data.choices, data.output, limits)
-    return Request(
-        position=record.position,
-        input=data.input,
-        key=record.key,
-        id=data.id if data.id is not None else envelope.get("id"),
-        output=data.output,
-        choices=choices,
-        tenant=data.tenant if data.tenant is not None else DEFAULT_TENANT,
-        skill=data.skill,
-        traceparent=data.traceparent if data.traceparent is not None else envelope.get("traceparent"),
-        timestamp_ms=record.timestamp_ms,
-    )
-
-
-def decode_feedback(record: RawRecord, limits: RecordLimits = DEFAULT_LIMITS) -> Feedback:
-    """The late answer in a record; BadRecord with a reason when there is none."""
-    payload, _ = _payload(record, limits)
-    if isinstance(payload, str):
-        raise BadRecord("wrong_type", "feedback is a JSON object with `output` and `position` or `id`")
-    data = _validated(FeedbackData, payload)
-    if data.position is None and data.id is None:
-        raise BadRecord("missing_target", "feedback needs `position` or `id` of the request that it answers")
-    return Feedback(
-        position=Position.parse(data.position) if data.position is not None else None,
-        id=data.id,
-        output=data.output,
-        tenant=data.tenant if data.tenant is not None else DEFAULT_TENANT,
-    )
-
-
-def _payload(record: RawRecord, limits: RecordLimits) -> tuple[str | dict[str, Any], dict[str, str]]:
-    """The JSON object or text that a record carries, and what its envelope says (`id`, `traceparent`)."""
-    if not record.value:
-        raise BadRecord("empty_record", "the record has no value")
-    if len(record.value) > limits.max_bytes:
-        raise BadRecord("too_large", f"{len(record.value)} bytes; at most {limits.max_bytes} are taken")
-    headers = {name.lower(): value for name, value in record.headers}
-    envelope = {
-        field: headers[name].decode("utf-8", "replace")
-        for field, name in (("traceparent", "ce_traceparent"), ("traceparent", "traceparent"), ("id", "ce_id"))
-        if headers.get(name)
-    }
-    content_type = headers.get("content-type", b"").decode("ascii", "replace").split(";")[0].strip().lower()
-    if content_type == STRUCTURED:
-        return _structured(_json_object(_text(record.value)), envelope, limits)
-    return _content(record.value, content_type), envelope
-
-
-def _content(value: bytes, content_type: str) -> str | dict[str, Any]:
-    text = _text(value)
-    is_json = content_type == "application/json" or content_type.endswith("+json")
-    if text.lstrip().startswith("{") or (is_json and content_type != STRUCTURED):
-        return _json_object(text)
-    return text
-
-
-def _structured(
-    event: dict[str, Any], envelope: dict[str, str], limits: RecordLimits
-) -> tuple[str | dict[str, Any], dict[str, str]]:
-    """Data and envelope of a CloudEvent that is one JSON object."""
-    found = envelope | {name: event[name] for name in ("id", "traceparent") if isinstance(event.get(name), str)}
-    data = event.get("data")
-    if data is None and isinstance(event.get("data_base64"), str):
-        try:
-            raw = base64.b64decode(event["data_base64"], validate=True)
-        except binascii.Error as error:
-            raise BadRecord("malformed_json", "data_base64 is not base64") from error
-        if not raw:
-            raise BadRecord("empty_record", "the event has no data")
-        return _content(raw, str(event.get("datacontenttype", "")).lower()), found
-    if data is None:
-        raise BadRecord("empty_record", "the event has no data")
-    if not isinstance(data, str | dict):
-        raise BadRecord("wrong_type", f"the event's data is a {type(data).__name__}, not an object or a text")
-    return data, found
-
-
-def _text(value: bytes) -> str:
-    try:
-        return value.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecord("invalid_utf8", f"byte {error.start} is not UTF-8") from error
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise BadRecord("malformed_json", str(error)[:200]) from error
-    if not isinstance(value, dict):
-        raise BadRecord("wrong_type", f"the JSON value is a {type(value).__name__}, not an object")
-    return value
-
-
-def _validated(model: type[Model], payload: dict[str, Any]) -> Model:
-    try:
-        return model.model_validate(payload)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "value"
-        raise BadRecord(_reason(name, first["type"]), f"`{name}`: {first['msg']}") from None
-
-
-def _reason(name: str, kind: str) -> str:
-    if kind == "missing":
-        return f"missing_{name}"
-    if name == "choices" or kind == "string_pattern_mismatch":
-        return f"invalid_{name}"
-    return "wrong_type"
-
-
-def _checked_choices(choices: list[str] | None, output: str | None, limits: RecordLimits) -> tuple[str, ...]:
-    if choices is None:
-        return ()
-    if not choices or not all(choice.strip() for choice in choices):
-        raise BadRecord("invalid_choices", "`choices` is empty or holds a blank one")
-    if len(choices) > limits.max_choices:
-        raise BadRecord("too_many_choices", f"{len(choices)} choices; at most {limits.max_choices} are ranked")
-    if len(set(choices)) < len(choices):
-        raise BadRecord("invalid_choices", "`choices` holds one twice")
-    if output is not None and output not in choices:
-        raise BadRecord("output_not_in_choices", "`output` is not one of `choices`")
-    return tuple(choices)
 
 
 # ---- results ----
@@ -258,7 +99,7 @@ def encode_result(
 
 def decode_result(record: RawRecord) -> ResultData:
     """The fields of a result, for readers."""
-    return _validated(ResultData, _json_object(_text(record.value or b"")))
+    return validated(ResultData, json_object(text_of(record.value or b"")))
 
 
 def _novelty_data(novelty: Novelty) -> NoveltyData:
@@ -270,7 +111,7 @@ def _novelty_data(novelty: Novelty) -> NoveltyData:
     )
 
 
-def _novelty(data: NoveltyData, is_novel: bool) -> Novelty:
+def _novelty(data: NoveltyData, *, is_novel: bool) -> Novelty:
     return Novelty(
         score=math.inf if data.score is None else data.score,
         p_value=data.p_value,
@@ -284,7 +125,7 @@ def _novelty(data: NoveltyData, is_novel: bool) -> Novelty:
 
 
 def encode_event(event: Event, *, source: str) -> OutboundMessage:
-    """A CloudEvent in binary mode; `event.type` is the short name (`expert.spawned`), `source` the URI of the worker."""
+    """A CloudEvent in binary mode; `event.type` is the short name (`expert.spawned`), `source` the worker's URI."""
     time = datetime.fromtimestamp(event.time_ms / 1000, UTC).isoformat(timespec="milliseconds")
     headers = {
         "ce_specversion": "1.0",
@@ -312,7 +153,7 @@ def decode_event(record: RawRecord) -> Event:
         identity = headers["ce_id"].decode()
     except (KeyError, ValueError) as error:
         raise BadRecord("wrong_type", f"not a CloudEvent in binary mode: {error}") from error
-    data = _json_object(_text(record.value or b"{}"))
+    data = json_object(text_of(record.value or b"{}"))
     return Event(id=identity, type=name, entity=entity, time_ms=round(time.timestamp() * 1000), data=data)
 
 
@@ -347,9 +188,11 @@ def encode_sample(sample: Sample) -> OutboundMessage:
 
 def decode_sample(record: RawRecord) -> Sample:
     """The sample in a record; BadRecord when it is not one. `features`: (d,) float32."""
-    data = _validated(SampleData, _json_object(_text(record.value or b"")))
+    data = validated(SampleData, json_object(text_of(record.value or b"")))
     try:
-        features = np.frombuffer(base64.b64decode(data.features, validate=True), dtype="<f2").astype(np.float32)
+        features = np.frombuffer(base64.b64decode(data.features, validate=True), dtype="<f2").astype(
+            np.float32
+        )
     except ValueError as error:
         raise BadRecord("wrong_type", f"`features` is not base64 of float16 numbers: {error}") from error
     return Sample(
@@ -365,7 +208,7 @@ def decode_sample(record: RawRecord) -> Sample:
         policy=Policy(data.policy),
         expert=data.expert,
         version=data.version,
-        novelty=_novelty(data.novelty, data.novel),
+        novelty=_novelty(data.novelty, is_novel=data.novel),
         feature_space=data.feature_space,
         features=features,
     )
@@ -388,7 +231,7 @@ def decode_manifest(record: RawRecord) -> ExpertVersion | None:
     """The manifest in a record of the experts topic, None for a tombstone."""
     if record.value is None:
         return None
-    return _manifest(_validated(ManifestData, _json_object(_text(record.value))))
+    return _manifest(validated(ManifestData, json_object(text_of(record.value))))
 
 
 def encode_tombstone(expert_id: str) -> OutboundMessage:
@@ -413,7 +256,7 @@ def decode_registry(record: RawRecord) -> Registry:
     """The registry in a record whose key is REGISTRY_KEY, numbered by its offset; a tombstone is the empty one."""
     if record.value is None:
         return Registry(number=record.position.offset)
-    data = _validated(RegistryData, _json_object(_text(record.value)))
+    data = validated(RegistryData, json_object(text_of(record.value)))
     return Registry(
         experts=tuple(_manifest(each) for each in data.experts),
         router=None
@@ -475,7 +318,9 @@ def encode_dead_letter(letter: DeadLetter, *, limit_bytes: int = 1024 * 1024 - 6
         "position": str(record.position),
         "attempts": str(letter.attempts),
     }
-    error_headers = tuple((ERROR_HEADER + name, text.encode("utf-8", "replace")) for name, text in errors.items())
+    error_headers = tuple(
+        (ERROR_HEADER + name, text.encode("utf-8", "replace")) for name, text in errors.items()
+    )
     headers_bytes = sum(len(name.encode("utf-8", "replace")) + len(value) for name, value in record.headers)
     value, key = record.value or b"", record.key
     if len(value) + len(key or b"") + headers_bytes <= limit_bytes:
@@ -510,7 +355,7 @@ def decode_dead_letter(record: RawRecord) -> DeadLetter:
     try:
         position, attempts = Position.parse(errors["position"]), int(errors["attempts"])
         if "pointer" in errors:
-            pointer = _validated(DeadLetterPointer, _json_object(_text(value or b"")))
+            pointer = validated(DeadLetterPointer, json_object(text_of(value or b"")))
             value = base64.b64decode(pointer.head_base64)
         original = RawRecord(
             position=position,

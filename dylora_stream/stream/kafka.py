@@ -53,7 +53,9 @@ class KafkaConfig:
     names: Mapping[Topic, str] = field(default_factory=dict)  # whole names of single topics
     group: str = "dylora.serve"  # the consumer group
     instance: str = "0"  # names this process among its like; static membership and client id
-    start_from: Literal["earliest", "latest"] | None = None  # where to start when the committed offsets are lost
+    start_from: Literal["earliest", "latest"] | None = (
+        None  # where to start when the committed offsets are lost
+    )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: str | None = None  # PLAIN, SCRAM-SHA-256, SCRAM-SHA-512
     sasl_username: str | None = None
@@ -73,14 +75,20 @@ class KafkaConfig:
 
     def __post_init__(self) -> None:
         if not self.bootstrap_servers.strip():
-            raise SettingsError("kafka.bootstrap_servers is empty; give host:port, or start `dylora-stream broker`")
+            raise SettingsError(
+                "kafka.bootstrap_servers is empty; give host:port, or start `dylora-stream broker`"
+            )
         for server in self.servers():
             if not server[0] or not 0 < server[1] < 65536:
                 raise SettingsError(f"kafka.bootstrap_servers: {server[0]}:{server[1]} is not host:port")
         if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
-            raise SettingsError(f"{self.security_protocol} needs kafka.sasl_mechanism, sasl_username, sasl_password")
+            raise SettingsError(
+                f"{self.security_protocol} needs kafka.sasl_mechanism, sasl_username, sasl_password"
+            )
         if self.connect_timeout_s < 0 or self.request_timeout_s <= 1 or self.transaction_timeout_s <= 0:
-            raise SettingsError("kafka: connect_timeout_s ≥ 0, request_timeout_s > 1, transaction_timeout_s > 0")
+            raise SettingsError(
+                "kafka: connect_timeout_s ≥ 0, request_timeout_s > 1, transaction_timeout_s > 0"
+            )
 
     def topic(self, topic: Topic) -> str:
         """The broker's name of a topic."""
@@ -151,7 +159,9 @@ def consumer_options(config: KafkaConfig, role: str, *, in_group: bool) -> dict[
 
 # ---- the client's errors become ours ----
 
-FENCED = "ProducerFencedError FencedInstanceIdError"
+# An old epoch is met when a younger producer took our id over, and when the broker timed our transaction out; the
+# client cannot tell them apart. Taking the id back in the first case would fence the younger one, and so on for ever.
+FENCED = "ProducerFencedError FencedInstanceIdError InvalidProducerEpochError"
 UNREACHABLE = (
     "KafkaConnectionError KafkaTimeoutError MetadataEmptyBrokerList NodeNotReadyError UnknownBrokerIdError "
     "BrokerNotAvailableError NetworkExceptionError RequestTimedOutError SaslAuthenticationFailedError "
@@ -167,12 +177,12 @@ OFFSETS_LOST = (
 )
 ABORTED = (  # the transaction is lost, or the group moved on; taking the records again is right
     "RetriableError InvalidMetadataError Cancelled CommitFailedError CorrelationIdError InvalidReceiveError "
-    "KafkaProtocolError StaleMetadata TooManyInFlightRequests TransactionAbortedError CorruptRecordError "
+    "KafkaProtocolError StaleMetadata TooManyInFlightRequests TransactionAbortedError "
     "InvalidFetchRequestError LeaderNotAvailableError NotLeaderForPartitionError ReplicaNotAvailableError "
     "StaleControllerEpochError CoordinatorLoadInProgressError CoordinatorNotAvailableError NotCoordinatorError "
     "NotEnoughReplicasError NotEnoughReplicasAfterAppendError IllegalGenerationError UnknownMemberIdError "
     "RebalanceInProgressError NotControllerError OutOfOrderSequenceNumberError DuplicateSequenceNumberError "
-    "InvalidProducerEpochError InvalidTxnStateError InvalidProducerIdMappingError ConcurrentTransactionsError "
+    "InvalidTxnStateError InvalidProducerIdMappingError ConcurrentTransactionsError "
     "TransactionCoordinatorFencedError OperationNotAttemptedError KafkaStorageError UnknownProducerIdError "
     "ReassignmentInProgressError FetchSessionIdNotFoundError InvalidFetchSessionEpochError ListenerNotFoundError "
     "FencedLeaderEpochError UnknownLeaderEpochError StaleBrokerEpochError OffsetNotAvailableError "
@@ -183,7 +193,8 @@ ABORTED = (  # the transaction is lost, or the group moved on; taking the record
     "InvalidRecordStateError KafkaError IllegalStateError UnknownError BrokerResponseError"
 )
 REFUSED = (  # asking again gives the same answer: the configuration or the broker has to change
-    "IllegalArgumentError KafkaConfigurationError QuotaViolationError UnrecognizedBrokerVersion UnsupportedCodecError "
+    "CorruptRecordError IllegalArgumentError KafkaConfigurationError QuotaViolationError UnrecognizedBrokerVersion "
+    "UnsupportedCodecError "
     "AuthorizationError NoError MessageSizeTooLargeError OffsetMetadataTooLargeError RecordListTooLargeError "
     "InvalidRequiredAcksError InconsistentGroupProtocolError InvalidGroupIdError InvalidSessionTimeoutError "
     "InvalidCommitOffsetSizeError TopicAuthorizationFailedError GroupAuthorizationFailedError "
@@ -211,7 +222,8 @@ _FATES: dict[str, type[BrokerError]] = {
     for name in names.split()
 }  # fmt: skip
 _ADVICE: dict[type[BrokerError], str] = {
-    Fenced: "another process uses the same instance id; give each its own data folder or instance",
+    Fenced: "another process uses the same instance id, or this one stood still for longer than a transaction may "
+    "take; give each process its own data folder, and start this one again",
     BrokerUnreachable: "the broker is not reachable, or it refused the credentials",
     TopicMissing: "create the topic, or let `dylora-stream topics create` do it",
     OffsetsLost: "set kafka.start_from to `earliest` or `latest` to go on from there",
@@ -227,9 +239,11 @@ def fate_of(kind: type[BaseException]) -> type[BrokerError] | None:
 
 def translate(error: BaseException, doing: str) -> BrokerError:
     """Our error for one of the client's, with what was being done and what to do about it."""
-    otherwise = BrokerUnreachable if isinstance(error, ConnectionError | TimeoutError | ssl.SSLError) else BrokerError
+    otherwise = (
+        BrokerUnreachable if isinstance(error, ConnectionError | TimeoutError | ssl.SSLError) else BrokerError
+    )
     fate = next((found for kind in type(error).__mro__ if (found := fate_of(kind))), otherwise)
-    return fate(f"{doing}: {error or type(error).__name__} ({_ADVICE[fate]})")
+    return fate(f"{doing}: {str(error) or type(error).__name__} ({_ADVICE[fate]})")
 
 
 @contextmanager
@@ -244,23 +258,32 @@ def kafka_errors(doing: str) -> Iterator[None]:
 # ---- the first connection ----
 
 
+def _refusal(server: tuple[str, int], timeout_s: float) -> OSError | None:
+    """Why nothing listens there, or None."""
+    try:
+        socket.create_connection(server, timeout=timeout_s).close()
+    except OSError as error:
+        return error
+    return None
+
+
 def wait_for_broker(config: KafkaConfig, sleep: Callable[[float], None] = time.sleep) -> None:
     """Return once a bootstrap server accepts a connection; BrokerUnreachable after `connect_timeout_s`."""
     end, wait = time.monotonic() + config.connect_timeout_s, FIRST_WAIT_S
     while True:
-        for server in config.servers():
-            try:
-                socket.create_connection(server, timeout=min(ATTEMPT_S, config.request_timeout_s)).close()
-                return
-            except OSError as error:
-                cause = error
+        causes = [_refusal(server, min(ATTEMPT_S, config.request_timeout_s)) for server in config.servers()]
+        if None in causes:
+            return
+        cause = causes[-1]
         left = end - time.monotonic()
         if left <= 0:
             raise BrokerUnreachable(
                 f"no broker answers at {config.bootstrap_servers} ({cause}); waited {config.connect_timeout_s:g} s. "
                 "Start one with `dylora-stream broker`, or set kafka.bootstrap_servers"
             ) from cause
-        log.warning("broker_unreachable", servers=config.bootstrap_servers, cause=str(cause), retry_s=round(wait, 1))
+        log.warning(
+            "broker_unreachable", servers=config.bootstrap_servers, cause=str(cause), retry_s=round(wait, 1)
+        )
         sleep(min(wait, left))
         wait = min(wait * 2, LONGEST_WAIT_S)
 

@@ -11,8 +11,8 @@ Steps 4 to 8 of the transaction that `source` begins (the numbers are the design
 On *any* error the producer is thrown away and another one is built with the same id, which aborts what hangs. Going on
 with the old one is not safe: it keeps the offsets of a refused step 7 and sends them with its next transaction.
 
-The client's calls of steps 7 and 8 have no time-out; here each one gets the transaction's. A commit that ran into it may
-have happened: the committed offsets and notes, read after the rewind, are the truth.
+The client's calls of steps 7 and 8 have no time-out; here each one gets the transaction's. A commit that ran into it
+may have happened: the committed offsets and notes, read after the rewind, are the truth.
 """
 
 import time
@@ -87,7 +87,9 @@ class KafkaSink:
         if not messages and (checkpoint is None or not checkpoint.offsets):
             return
         if checkpoint is not None and checkpoint.offsets and checkpoint.group is None:
-            raise TransactionAborted("offsets without a group: this member has no generation yet, nothing was sent")
+            raise TransactionAborted(
+                "offsets without a group: this member has no generation yet, nothing was sent"
+            )
         self._busy_since_s = time.monotonic()
         try:
             self._transact(self._producer, messages, checkpoint)
@@ -140,8 +142,12 @@ class KafkaSink:
         options = client_options(self._config, "sink") | {
             "transactional_id": transactional_id,
             "transaction_timeout_ms": round(self._config.transaction_timeout_s * 1000),
-            "delivery_timeout_ms": round(max(self._config.transaction_timeout_s, self._config.request_timeout_s) * 1000),
-            "max_block_ms": round(max(self._config.transaction_timeout_s, self._config.request_timeout_s) * 1000),
+            "delivery_timeout_ms": round(
+                max(self._config.transaction_timeout_s, self._config.request_timeout_s) * 1000
+            ),
+            "max_block_ms": round(
+                max(self._config.transaction_timeout_s, self._config.request_timeout_s) * 1000
+            ),
             "max_request_size": self._config.max_message_bytes,
             "batch_size": BATCH_BYTES,
             "compression_type": self._config.compression,
@@ -176,7 +182,7 @@ def _bounded(call: Callable[[], None], timeout_s: float) -> None:
     def run() -> None:
         try:
             call()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is raised in the calling thread
             failures.append(error)
 
     thread = Thread(target=run, name="dylora-transaction", daemon=True)

@@ -21,10 +21,22 @@ import structlog
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import MemberToRemove
 from kafka.consumer.fetcher import ConsumerRecord
-from kafka.errors import KafkaError, KafkaTimeoutError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from kafka.errors import (
+    CorruptRecordError,
+    KafkaError,
+    KafkaTimeoutError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 from kafka.structs import OffsetAndMetadata
 
-from dylora_stream.core.errors import BrokerUnreachable, OffsetsLost, TopicMissing, TransactionAborted
+from dylora_stream.core.errors import (
+    BrokerError,
+    BrokerUnreachable,
+    OffsetsLost,
+    TopicMissing,
+    TransactionAborted,
+)
 from dylora_stream.core.messages import Position, RawRecord, Topic
 from dylora_stream.core.ports import Batch, Checkpoint
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
@@ -96,7 +108,7 @@ class KafkaSource:
         except TransactionAborted as error:  # the group moved on while it was asked
             log.warning("group_moved_on", cause=str(error))
             self._generation = UNSETTLED
-            self._check_alive(False)
+            self._check_alive(has_records=False)
             return Batch()
 
     def _poll(self, max_records: int, timeout_s: float) -> Batch:
@@ -110,13 +122,15 @@ class KafkaSource:
             except OffsetOutOfRangeError as error:
                 self._restart_lost(error.args[0] if error.args and isinstance(error.args[0], dict) else {})
                 polled = {}
+            except CorruptRecordError as error:
+                raise self._unreadable(error) from error
             now = self._consumer.group_metadata()
             if now.generation_id < 0 or now.generation_id != group.generation_id:
                 self._generation = UNSETTLED
             if self._generation == UNSETTLED or self._generation != now.generation_id:
                 self._settle()
                 return Batch()
-            self._check_alive(bool(polled))
+            self._check_alive(has_records=bool(polled))
         offsets = {
             (partition.topic, partition.partition): records[-1].offset + 1
             for partition, records in polled.items()
@@ -172,12 +186,12 @@ class KafkaSource:
         assigned = sorted(self._consumer.assignment())
         if group.generation_id < 0 or not assigned:
             self._generation = group.generation_id
-            self._check_alive(False)
+            self._check_alive(has_records=False)
             return
         try:
             starts = self._own_starts(assigned) if self._positions else self._committed_starts(assigned)
         except KafkaTimeoutError:
-            self._check_alive(False)
+            self._check_alive(has_records=False)
             return
         if self._consumer.group_metadata().generation_id != group.generation_id:
             return
@@ -199,9 +213,12 @@ class KafkaSource:
         if missing:
             begun = self._edge(self._first_start(missing), missing)
             self._consumer.commit(
-                {part: OffsetAndMetadata(offset, "", -1) for part, offset in begun.items()}, timeout_ms=self._timeout_ms
+                {part: OffsetAndMetadata(offset, "", -1) for part, offset in begun.items()},
+                timeout_ms=self._timeout_ms,
             )
-            log.info("partitions_started", offsets={f"{p.topic}:{p.partition}": at for p, at in begun.items()})
+            log.info(
+                "partitions_started", offsets={f"{p.topic}:{p.partition}": at for p, at in begun.items()}
+            )
             starts |= begun
         return starts
 
@@ -217,9 +234,9 @@ class KafkaSource:
         if self._witness is None or not self._records_in(self._witness):
             return "earliest"
         raise OffsetsLost(
-            f"group {self._config.group} has no committed offsets on {lost[0].topic}, but {self._witness} shows that it "
-            "has worked before: they expired (after 7 idle days by default) or were deleted. Set kafka.start_from to "
-            "`earliest` (answer everything again) or `latest` (skip what is there)"
+            f"group {self._config.group} has no committed offsets on {lost[0].topic}, but {self._witness} shows "
+            "that it has worked before: they expired (after 7 idle days by default) or were deleted. Set "
+            "kafka.start_from to `earliest` (answer everything again) or `latest` (skip what is there)"
         )
 
     def _restart_lost(self, lost: Mapping[TopicPartition, int]) -> None:
@@ -227,20 +244,39 @@ class KafkaSource:
         where = ", ".join(f"{part.topic}:{part.partition}:{offset}" for part, offset in lost.items())
         if self._config.start_from is None or not lost:
             raise OffsetsLost(
-                f"group {self._config.group} stands at {where or 'an offset'}, which its topic no longer holds (deleted by "
-                "retention, or the topic was made anew). Set kafka.start_from to `earliest` or `latest` to go on"
+                f"group {self._config.group} stands at {where or 'an offset'}, which its topic does not hold "
+                "(deleted by retention, or the topic was made anew). Set kafka.start_from to `earliest` or "
+                "`latest` to go on"
             )
         for partition, offset in self._edge(self._config.start_from, list(lost)).items():
             self._consumer.seek(partition, offset)
         log.warning("offsets_lost", positions=where, start_from=self._config.start_from)
 
+    def _unreadable(self, error: CorruptRecordError) -> BrokerError:
+        """The client cannot get past a record that is broken, or whose header names are not UTF-8; nor can we."""
+        where = ", ".join(
+            f"{part.topic}:{part.partition}:{self._consumer.position(part, timeout_ms=1000)}"
+            for part in sorted(self._consumer.assignment())
+        )
+        return BrokerError(
+            f"a record cannot be decoded ({error}); it stands at or soon after {where}. Move the group behind it: "
+            f"kafka-consumer-groups --group {self._config.group} --reset-offsets --to-offset"
+        )
+
     # -- the broker's numbers --
 
-    def _committed(self, partitions: Sequence[TopicPartition] | set[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+    def _committed(
+        self, partitions: Sequence[TopicPartition] | set[TopicPartition]
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
         found = {
-            part: self._consumer.committed(part, metadata=True, timeout_ms=self._timeout_ms) for part in partitions
+            part: self._consumer.committed(part, metadata=True, timeout_ms=self._timeout_ms)
+            for part in partitions
         }
-        return {part: committed for part, committed in found.items() if committed is not None and committed.offset >= 0}
+        return {
+            part: committed
+            for part, committed in found.items()
+            if committed is not None and committed.offset >= 0
+        }
 
     def _edge(self, edge: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         if not partitions:
@@ -268,7 +304,7 @@ class KafkaSource:
                 "`dylora-stream topics create`, or correct topics.* and kafka.prefix"
             )
 
-    def _check_alive(self, has_records: bool) -> None:
+    def _check_alive(self, *, has_records: bool) -> None:
         """The client never says that the broker is gone: ask, when nothing came for as long as one may wait."""
         now = time.monotonic()
         if has_records:
@@ -303,10 +339,16 @@ class KafkaChangelog:
         options = consumer_options(config, "changelog", in_group=False)
         self._consumer = connect(lambda: KafkaConsumer(**options), config)
         with kafka_errors(f"looking for {self._name}"):
-            numbers = self._consumer.partitions_for_topic(self._name) if self._name in self._consumer.topics() else None
+            numbers = (
+                self._consumer.partitions_for_topic(self._name)
+                if self._name in self._consumer.topics()
+                else None
+            )
             if not numbers:
                 self.close()
-                raise TopicMissing(f"there is no topic {self._name}; create it with `dylora-stream topics create`")
+                raise TopicMissing(
+                    f"there is no topic {self._name}; create it with `dylora-stream topics create`"
+                )
             self._partitions = [TopicPartition(self._name, number) for number in sorted(numbers)]
             self._consumer.assign(self._partitions)
             self._consumer.seek_to_beginning(*self._partitions)
@@ -337,4 +379,6 @@ class KafkaChangelog:
             self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
 
     def _position(self, partition: TopicPartition) -> int:
-        return self._consumer.position(partition, timeout_ms=round(self._config.request_timeout_s * 1000)) or 0
+        return (
+            self._consumer.position(partition, timeout_ms=round(self._config.request_timeout_s * 1000)) or 0
+        )

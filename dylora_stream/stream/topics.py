@@ -25,7 +25,9 @@ log = structlog.get_logger(__name__)
 class TopicLayout:
     """How topics are made."""
 
-    requests_partitions: int = 4  # of requests, results and dead letters: as many serve workers can share the work
+    requests_partitions: int = (
+        4  # of requests, results and dead letters: as many serve workers can share the work
+    )
     samples_partitions: int = 1  # owners of clusters; tenants spread over them by key
     replication: int = -1  # copies; -1 is the broker's default
     samples_retention_h: int = 24 * 365  # what learn can be rebuilt from
@@ -60,7 +62,10 @@ def topic_configs(topic: Topic, layout: TopicLayout, max_message_bytes: int) -> 
     if topic is Topic.EXPERTS:
         return configs | {"cleanup.policy": "compact", "min.compaction.lag.ms": str(HOUR_MS)}
     if topic is Topic.SAMPLES:
-        return configs | {"cleanup.policy": "delete", "retention.ms": str(layout.samples_retention_h * HOUR_MS)}
+        return configs | {
+            "cleanup.policy": "delete",
+            "retention.ms": str(layout.samples_retention_h * HOUR_MS),
+        }
     return configs | {"cleanup.policy": "delete"}
 
 
@@ -112,7 +117,9 @@ def _create(admin: KafkaAdminClient, config: KafkaConfig, layout: TopicLayout, t
 def _states(admin: KafkaAdminClient, config: KafkaConfig) -> list[TopicState]:
     known = set(admin.list_topics())
     names = [config.topic(topic) for topic in Topic if config.topic(topic) in known]
-    partitions = {found["name"]: len(found["partitions"]) for found in admin.describe_topics(names)} if names else {}
+    partitions = (
+        {found["name"]: len(found["partitions"]) for found in admin.describe_topics(names)} if names else {}
+    )
     cleanup = _cleanup_policies(admin, names)
     return [
         TopicState(
@@ -136,20 +143,26 @@ def _cleanup_policies(admin: KafkaAdminClient, names: list[str]) -> Mapping[str,
     except (BrokerResponseError, KafkaError):
         return {}
     topics = found.get("topic", {})
-    return {name: configs["cleanup.policy"]["value"] for name, configs in topics.items() if "cleanup.policy" in configs}
+    return {
+        name: configs["cleanup.policy"]["value"]
+        for name, configs in topics.items()
+        if "cleanup.policy" in configs
+    }
 
 
 def _verify(states: list[TopicState]) -> None:
     for state in states:
         if state.topic in SINGLE_PARTITION and state.partitions != 1:
             raise BrokerError(
-                f"topic {state.name} has {state.partitions} partitions and must have one: registry records need one order. "
-                "Choose another topics.experts, or make the topic anew"
+                f"topic {state.name} has {state.partitions} partitions and must have one: registry records need "
+                "one order. Choose another topics.experts, or make the topic anew"
             )
         if state.topic is Topic.EXPERTS and state.cleanup is not None and "compact" not in state.cleanup:
             raise BrokerError(
-                f"topic {state.name} has cleanup.policy={state.cleanup}; retention would delete the registry. Set it to "
-                "`compact` (kafka-configs --alter --add-config cleanup.policy=compact)"
+                f"topic {state.name} has cleanup.policy={state.cleanup}; retention would delete the registry. Set "
+                "it to `compact` (kafka-configs --alter --add-config cleanup.policy=compact)"
             )
         if state.topic is Topic.SAMPLES and state.cleanup is not None and "compact" in state.cleanup:
-            raise BrokerError(f"topic {state.name} is compacted and would lose samples; set cleanup.policy=delete")
+            raise BrokerError(
+                f"topic {state.name} is compacted and would lose samples; set cleanup.policy=delete"
+            )

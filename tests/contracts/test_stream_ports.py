@@ -1,4 +1,4 @@
-"""One contract for Source, Sink and Changelog, over memory, the embedded broker, and a real Kafka where there is one."""
+"""One contract for Source, Sink and Changelog, over memory, the embedded broker, and a real Kafka if there is one."""
 
 import dataclasses
 import time
@@ -27,10 +27,17 @@ Positions = Callable[[], Mapping[Partition, int]]
 class Room(Protocol):
     """What makes the three ports on one broker."""
 
-    def name(self, topic: Topic) -> str: ...
-    def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source: ...
-    def sink(self, transactional_id: str = "test") -> Sink: ...
-    def changelog(self, topic: Topic) -> Changelog: ...
+    def name(self, topic: Topic) -> str:
+        """The broker's name of a topic."""
+
+    def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
+        """A member of the test's group."""
+
+    def sink(self, transactional_id: str = "test") -> Sink:
+        """A sink with this id."""
+
+    def changelog(self, topic: Topic) -> Changelog:
+        """A reader of the topic."""
 
 
 class MemoryRoom:
@@ -40,15 +47,19 @@ class MemoryRoom:
         self._broker = MemoryBroker({Topic.REQUESTS: 2})
 
     def name(self, topic: Topic) -> str:
+        """The broker's name of a topic."""
         return self._broker.name(topic)
 
     def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
+        """A member of the test's group."""
         return MemorySource(self._broker, topics, positions=positions)
 
     def sink(self, transactional_id: str = "test") -> Sink:
+        """A sink with this id."""
         return MemorySink(self._broker, transactional_id)
 
     def changelog(self, topic: Topic) -> Changelog:
+        """A reader of the topic."""
         return MemoryChangelog(self._broker, topic)
 
 
@@ -60,29 +71,40 @@ class KafkaRoom:
         ensure_topics(config, TopicLayout(requests_partitions=2))
 
     def name(self, topic: Topic) -> str:
+        """The broker's name of a topic."""
         return self._config.topic(topic)
 
     def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
-        source = KafkaSource(dataclasses.replace(self._config, instance=instance), topics, positions=positions)
+        """A member of the test's group."""
+        source = KafkaSource(
+            dataclasses.replace(self._config, instance=instance), topics, positions=positions
+        )
         self._stack.callback(source.close)
         return source
 
     def sink(self, transactional_id: str = "test") -> Sink:
+        """A sink with this id."""
         base = self._config.prefix + transactional_id
         sink = KafkaSink(
-            self._config, FixedId(base) if self._memory is None else EmbeddedIds(base, self._memory / transactional_id)
+            self._config,
+            FixedId(base) if self._memory is None else EmbeddedIds(base, self._memory / transactional_id),
         )
         self._stack.callback(sink.close)
         return sink
 
     def changelog(self, topic: Topic) -> Changelog:
+        """A reader of the topic."""
         changelog = KafkaChangelog(self._config, topic)
         self._stack.callback(changelog.close)
         return changelog
 
 
 @pytest.fixture(
-    params=["memory", pytest.param("embedded", marks=pytest.mark.kafka), pytest.param("real", marks=pytest.mark.kafka)]
+    params=[
+        "memory",
+        pytest.param("embedded", marks=pytest.mark.kafka),
+        pytest.param("real", marks=pytest.mark.kafka),
+    ]
 )
 def room(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Room]:
     """The ports' makers, a broker each."""
@@ -121,7 +143,9 @@ def values(batches: list[Batch]) -> list[int]:
 
 def answers(batch: Batch) -> list[OutboundMessage]:
     """A result a record."""
-    return [OutboundMessage(topic=Topic.RESULTS, key=record.key, value=record.value) for record in batch.records]
+    return [
+        OutboundMessage(topic=Topic.RESULTS, key=record.key, value=record.value) for record in batch.records
+    ]
 
 
 def until(changelog: Changelog, count: int) -> list[RawRecord]:
@@ -136,7 +160,11 @@ def until(changelog: Changelog, count: int) -> list[RawRecord]:
 def stale(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint of a generation that never was this member's."""
     group = checkpoint.group
-    changed = group._replace(generation_id=group.generation_id + 5) if hasattr(group, "_replace") else (group[0], -7)
+    changed = (
+        group._replace(generation_id=group.generation_id + 5)
+        if hasattr(group, "_replace")
+        else (group[0], -7)
+    )
     return dataclasses.replace(checkpoint, group=changed)
 
 
@@ -180,9 +208,9 @@ def test_rewinding_after_a_commit_goes_on_behind_it(room: Room) -> None:
     assert int(source.committed_note()) >= 9
     ask(sink, 3, start=10)
     assert values(take(source, 3)) == [10, 11, 12]
-    assert sorted(int(record.value or b"") for record in room.changelog(Topic.RESULTS).catch_up(PATIENCE_S)) == list(
-        range(10)
-    )
+    assert sorted(
+        int(record.value or b"") for record in room.changelog(Topic.RESULTS).catch_up(PATIENCE_S)
+    ) == list(range(10))
 
 
 def test_a_new_member_goes_on_at_the_committed_offset(room: Room) -> None:

@@ -1,4 +1,4 @@
-"""What promises exactly-once, on a real Kafka only: the embedded broker has no time-outs and no fencing by generation."""
+"""What promises exactly-once, on a real Kafka only: the embedded broker has no time-outs and no generation fencing."""
 
 import dataclasses
 import signal
@@ -77,13 +77,18 @@ def open_source(stack: ExitStack, config: KafkaConfig) -> KafkaSource:
 def ask(sink: KafkaSink, count: int, start: int = 0) -> None:
     """Numbered requests."""
     sink.publish(
-        [OutboundMessage(topic=Topic.REQUESTS, key=b"%d" % n, value=b"%d" % n) for n in range(start, start + count)]
+        [
+            OutboundMessage(topic=Topic.REQUESTS, key=b"%d" % n, value=b"%d" % n)
+            for n in range(start, start + count)
+        ]
     )
 
 
 def answers(batch: Batch) -> list[OutboundMessage]:
     """A result a record."""
-    return [OutboundMessage(topic=Topic.RESULTS, key=record.key, value=record.value) for record in batch.records]
+    return [
+        OutboundMessage(topic=Topic.RESULTS, key=record.key, value=record.value) for record in batch.records
+    ]
 
 
 def next_batch(source: KafkaSource, max_records: int = 100) -> Batch:
@@ -241,8 +246,7 @@ def test_a_worker_stopped_past_its_session_and_its_transaction_repeats_nothing(
     zombie.send_signal(signal.SIGCONT)
     assert zombie.stdin is not None
     zombie.stdin.write("go on\n")
-    assert zombie.stdout is not None
-    assert next(zombie.stdout, "ended").strip() in {"refused", "ended"}
+    assert zombie.wait(PATIENCE_S) != 0
     hear(heir, "idle")
     assert answered(config) == Counter(range(40))
 
@@ -258,7 +262,7 @@ def test_offsets_that_were_deleted_stop_the_worker_until_told_where_to_start(
         next_batch(lost)
     lost.close()
     told = open_source(stack, dataclasses.replace(config, start_from="earliest"))
-    assert sorted(int(record.value or b"") for record in next_batch(told).records)[0] == 0
+    assert min(int(record.value or b"") for record in next_batch(told).records) == 0
 
 
 def test_a_broker_that_is_not_there_is_said_so_after_the_configured_wait(

@@ -1,0 +1,99 @@
+"""The check before a version goes live: which rows are held out, and what must be better on them.
+
+Rows are held out by the hash of their input, so that a row held out from version 1 is held out from version 2 as well,
+and equal inputs stand on one side. Losses are compared row by row (paired t): rows differ more than versions do.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["CheckConfig", "Verdict", "compare", "held_out", "is_drift"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """What a new expert or version must show."""
+
+    heldout_share: float = 0.2
+    """Share of a buffer's rows that is never trained on, 0..0.5: 16 of 80."""
+    heldout_min: int = 8
+    """Rows held out at least, as long as that leaves as many for training."""
+    routing: float = 0.9
+    """Share of the rows that must be told apart from other experts by their inputs alone (leave-one-out), 0..1."""
+    known_exact: float = 0.9
+    """Share of held-out rows that the bare backbone answers exactly, from which it needs no expert, 0..1."""
+    known_loss: float = 0.02
+    """Nats a token; the same, by loss."""
+    drift_ratio: float = 1.5
+    """An expert serves rows already when their loss is at most this times its own held-out loss."""
+    drift_exact: float = 0.15
+    """... and its exact share on them is at most this below its own, and at least one half."""
+    drift_experts: int = 3
+    """Experts that are asked, the nearest ones; each costs a pass over the held-out rows."""
+    seed_t: float = 2.0
+    """Paired t of the loss against backbone and served experts that a first version must reach (2.0: p ≈ 0.03)."""
+    seed_gain: float = 0.05
+    """... and the mean gain, nats a token: a skill is learned or it is not."""
+    consolidate_t: float = 1.0
+    """Paired t against the served version that a later version must reach."""
+    exact_slack: float = 0.1
+    """A version may lose at most this share of exact answers."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_share <= 0.5:
+            raise ValueError(f"heldout_share is {self.heldout_share}: it must lie above 0 and at most at 0.5")
+        for name in ("heldout_min", "drift_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("routing", "known_exact", "drift_exact", "exact_slack"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether `after` is better than `before` on the same rows, and by how much (mean nats a token, paired t)."""
+
+    is_better: bool
+    gain: float
+    t: float
+
+
+def held_out(inputs: Sequence[str], config: CheckConfig) -> np.ndarray:
+    """(n,) bool: rows that are not trained on. The same input falls on the same side, but for `heldout_min`."""
+    shares = np.array([_position(text) for text in inputs])
+    chosen = shares < config.heldout_share
+    least = min(config.heldout_min, len(inputs) // 2)
+    if chosen.sum() < least:
+        chosen = shares <= np.sort(shares)[least - 1]
+    if len(inputs) and chosen.all():
+        chosen = shares < shares.max()
+    return np.asarray(chosen)
+
+
+def compare(before: np.ndarray, after: np.ndarray, *, min_t: float, min_gain: float = 0.0) -> Verdict:
+    """Paired comparison of losses (n,): better when the mean falls by more than `min_gain` with at least `min_t`."""
+    gains = before.astype(np.float64) - after.astype(np.float64)
+    gain = float(gains.mean())
+    spread = float(gains.std(ddof=1)) if len(gains) > 1 else math.inf
+    error = spread / math.sqrt(len(gains))
+    t = gain / error if error > 0 else math.copysign(1e6, gain) if gain else 0.0
+    return Verdict(is_better=gain > min_gain and t >= min_t, gain=gain, t=t)
+
+
+def is_drift(loss: float, exact: float, own: tuple[float, float], config: CheckConfig) -> bool:
+    """Whether an expert serves new rows about as well as its `own` held-out ones (loss, exact share)."""
+    own_loss, own_exact = own
+    return (
+        loss <= max(config.drift_ratio * own_loss, config.known_loss)
+        and exact >= max(own_exact - config.drift_exact, 0.5)
+    )  # fmt: skip
+
+
+def _position(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

@@ -1,0 +1,146 @@
+"""Where every kept row is: waiting, in a cluster's buffer, or an expert's. The curator decides, this keeps the books.
+
+Each method that moves something writes it into the `Changes` at hand as well, so that memory and ledger move together.
+
+Invariant: a row is in one place: `RowState` says which, `cluster_id` and `expert_id` say whose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
+from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
+
+__all__ = ["CLOSED", "Buffers", "Moved"]
+
+CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
+ENDED = (ClusterState.MERGED, ClusterState.LEARNED)  # an id that may be used again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What placing or re-clustering did to clusters: new ones, and (from, into) of those that ended."""
+
+    created: tuple[ClusterRecord, ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
+
+
+class Buffers:
+    """Rows and clusters of one learn process, all tenants."""
+
+    def __init__(self, state: LedgerState, config: ClusteringConfig, rows_wanted: int) -> None:
+        self.rows = {row.position: row for row in state.rows}
+        self.clusters = {cluster.cluster_id: cluster for cluster in state.clusters}
+        self._config = config
+        self._rows_wanted = rows_wanted
+        self._reference: Reference | None = None
+        self._online: dict[str, OnlineClusters] = {}
+        for cluster in state.clusters:
+            if cluster.state is not ClusterState.TRAINING:
+                self.bring_back(cluster.cluster_id)
+
+    @property
+    def reference(self) -> Reference | None:
+        """What similarities are measured against; None before the first sketch job brought it."""
+        return self._reference
+
+    def refer_to(self, reference: Reference) -> None:
+        """Measure similarities against this reference from now on."""
+        self._reference, self._online = reference, {}
+        for cluster in self.clusters.values():
+            if cluster.state is not ClusterState.TRAINING:
+                self.bring_back(cluster.cluster_id)
+
+    def in_state(self, state: RowState) -> list[LedgerRow]:
+        """Rows in a state, oldest first."""
+        found = [row for row in self.rows.values() if row.state is state]
+        return sorted(found, key=lambda row: (row.time_ms, row.position))
+
+    def members(self, cluster_id: str) -> list[LedgerRow]:
+        """A cluster's rows that no expert has taken, oldest first."""
+        kept = (RowState.CLUSTERED, RowState.SETTLED)
+        found = [row for row in self.rows.values() if row.cluster_id == cluster_id and row.state in kept]
+        return sorted(found, key=lambda row: (row.time_ms, row.position))
+
+    def is_ready(self, cluster: ClusterRecord) -> bool:
+        """Whether its rows may become an expert: distinct ones enough, alike, not a flood."""
+        return self._of(cluster.tenant).readiness(cluster.cluster_id, cluster.rows_wanted).is_ready
+
+    def put(self, row: LedgerRow, changes: Changes) -> None:
+        """A row as it is from now on."""
+        self.rows[row.position] = changes.rows[row.position] = row
+
+    def put_cluster(self, cluster: ClusterRecord, changes: Changes) -> None:
+        """A cluster as it is from now on."""
+        self.clusters[cluster.cluster_id] = changes.clusters[cluster.cluster_id] = cluster
+
+    def place(self, row: LedgerRow, changes: Changes) -> Moved:
+        """A row with its sketch into the cluster it is most like, or into a new one."""
+        placement = self._of(row.tenant).place(row.position, row.features, row.sketch, row.time_ms)
+        created = self._found(placement.cluster_id, row, changes)
+        is_closed = self.clusters[placement.cluster_id].state in CLOSED
+        state = RowState.SETTLED if is_closed else RowState.CLUSTERED
+        self.put(replace(row, state=state, cluster_id=placement.cluster_id), changes)
+        return Moved(created=created)
+
+    def recluster(self, tenant: str, changes: Changes) -> Moved:
+        """Mend what the order of arrival got wrong; clusters keep their ids where they keep their rows."""
+        result = self._of(tenant).recluster()
+        created: list[ClusterRecord] = []
+        for position, cluster_id in result.moves.items():
+            row = replace(self.rows[position], cluster_id=cluster_id)
+            created += self._found(cluster_id, row, changes)
+            self.put(row, changes)
+        for source, _ in result.merged:
+            self.put_cluster(replace(self.clusters[source], state=ClusterState.MERGED), changes)
+        return Moved(created=tuple(created), merged=result.merged)
+
+    def assign(self, row: LedgerRow, expert_id: str, changes: Changes, *, is_trained: bool = False) -> None:
+        """The row is this expert's."""
+        self._of(row.tenant).forget([row.position])
+        is_trained = row.is_trained or is_trained
+        owned = replace(row, state=RowState.ASSIGNED, expert_id=expert_id, is_trained=is_trained)
+        self.put(owned, changes)
+
+    def settle(self, cluster_id: str, changes: Changes) -> None:
+        """A cluster that will have no expert; its rows stay where they are, so that their like is recognised."""
+        for row in self.members(cluster_id):
+            self.put(replace(row, state=RowState.SETTLED), changes)
+        self.bring_back(cluster_id)
+
+    def take_out(self, cluster_id: str, tenant: str) -> None:
+        """A cluster in training moves no more: rows that come meanwhile found another one."""
+        self._of(tenant).forget([row.position for row in self.members(cluster_id)])
+
+    def bring_back(self, cluster_id: str) -> None:
+        """A cluster's rows are among those that are compared again."""
+        members = self.members(cluster_id)
+        for row in members:
+            online = self._of(row.tenant)
+            online.forget([row.position])
+            online.restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
+
+    def tenants(self) -> Sequence[str]:
+        """Tenants that have rows in clusters."""
+        return sorted(self._online)
+
+    def _found(self, cluster_id: str, row: LedgerRow, changes: Changes) -> tuple[ClusterRecord, ...]:
+        """The record of a cluster that has none in use."""
+        known = self.clusters.get(cluster_id)
+        if known is not None and known.state not in ENDED:
+            return ()
+        cluster = ClusterRecord(
+            cluster_id=cluster_id,
+            skill_id=f"s-{cluster_id.removeprefix('c-')}",
+            tenant=row.tenant,
+            state=ClusterState.OPEN,
+            created_ms=row.time_ms,
+            rows_wanted=self._rows_wanted,
+        )
+        self.put_cluster(cluster, changes)
+        return (cluster,)
+
+    def _of(self, tenant: str) -> OnlineClusters:
+        if tenant not in self._online:
+            self._online[tenant] = OnlineClusters(self._config, self._reference)
+        return self._online[tenant]

@@ -1,0 +1,287 @@
+"""One contract for every backbone: a tiny Llama, and a tiny GPT-2 with fused projections and Conv1D layers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_gpt2, tiny_llama
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dylora_stream.core.errors import ExpertCorrupt, ModelNotFound, SettingsError, TrainingFailed
+from dylora_stream.core.recipes import Recipe
+from dylora_stream.model.adapters import load_adapter, save_adapter
+from dylora_stream.model.backbone import (
+    IGNORED,
+    Backbone,
+    PromptTemplate,
+    fetch_backbone,
+    linear_shape,
+    load_backbone,
+)
+from dylora_stream.model.config import ModelConfig
+from dylora_stream.model.features import (
+    LabelledText,
+    answer_sketches,
+    feature_space,
+    read_stem,
+    stem_features,
+    stem_states,
+)
+from dylora_stream.model.training import Trained, TrainingOptions, row_losses, score_rows, train_expert
+
+ROWS = [
+    LabelledText(input=text, output=text.split()[0].upper())
+    for text in (
+        "one two",
+        "red green blue",
+        "a b c d",
+        "up down",
+        "left or right",
+        "tea",
+        "east west",
+        "x y z",
+    )
+]
+RECIPE = Recipe(rate=1e-2, epochs=4, batch_size=3, rank=4, alpha=8.0)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    make = tiny_llama if request.param == "llama" else tiny_gpt2
+    return make(tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    """A tiny model, loaded in float32, its stem two layers."""
+    return load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=2, threads=1), folder)
+
+
+@pytest.fixture(scope="module")
+def trained(backbone: Backbone) -> Trained:
+    """An expert trained on ROWS with seed 1."""
+    return train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=1))
+
+
+def weights_of(backbone: Backbone) -> list[torch.Tensor]:
+    """Copies of all weights."""
+    return [parameter.detach().clone() for parameter in backbone.model.parameters()]
+
+
+def same_adapters(first: Trained, second: Trained) -> bool:
+    """Whether two trainings gave the same bits."""
+    pairs = zip(first.adapter.tensors.values(), second.adapter.tensors.values(), strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def numbered(rows: Sequence[LabelledText], order: Sequence[int]) -> list[LabelledText]:
+    """Rows in another order."""
+    return [rows[index] for index in order]
+
+
+def test_only_linear_layers_above_the_stem_are_adapted(backbone: Backbone) -> None:
+    """Every linear layer of the upper two layers is named, none of the stem's, and shapes are (in, out)."""
+    names = backbone.upper_linears()
+    assert {name.split(".")[2] for name in names} == {"2", "3"}
+    assert len(names) == 2 * (4 if "transformer" in next(iter(names)) else 7)
+    assert all(linear_shape(module)[0] in {32, 48, 128} for module in names.values())
+
+
+def test_rows_are_padded_on_the_left_and_labels_cover_the_answer_and_its_end(backbone: Backbone) -> None:
+    """The end token is appended to the answer; positions count from the first real token."""
+    tokens = backbone.encode(["a", "a longer one"], ["b", "c"])
+    assert tokens.attention_mask[0, 0] == 0
+    assert tokens.input_ids[:, -1].tolist() == [backbone.eos_id, backbone.eos_id]
+    assert (tokens.labels != IGNORED).sum(1).tolist() == [3, 3]  # blank, letter, end
+    assert tokens.position_ids[0, tokens.attention_mask[0] == 1][0] == 0
+    assert backbone.decode(tokens.answer_ids()[:3].tolist()) == "b"
+
+
+def test_blanks_at_the_end_of_a_template_belong_to_the_answer() -> None:
+    """Tokenizers join a blank with the word behind it, so the prompt must not end with it."""
+    template = PromptTemplate("{input} => ")
+    assert (template.render("a {b}"), template.target(" c ")) == ("a {b} =>", " c")
+
+
+def test_the_first_token_is_left_out_of_the_features_unless_it_is_the_only_one() -> None:
+    """Padding does not count, and a text of one token keeps it."""
+    states = torch.tensor([[[9.0], [100.0], [2.0], [4.0]], [[9.0], [9.0], [9.0], [5.0]]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
+    assert stem_features(states, mask).tolist() == [[3.0], [5.0]]
+
+
+def test_features_do_not_depend_on_the_batch(backbone: Backbone) -> None:
+    """Alone or beside longer texts, in any order: the same features, from the stem alone or from a whole pass."""
+    texts = [row.input for row in ROWS]
+    together = read_stem(backbone, texts)
+    alone = np.concatenate([read_stem(backbone, [text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    tokens = backbone.encode(texts[:3])
+    with torch.no_grad():
+        whole = backbone.model(**tokens.inputs(), output_hidden_states=True).hidden_states[2]
+    assert torch.equal(whole, stem_states(backbone, tokens))
+    assert feature_space(backbone).startswith("stem2-v1-")
+
+
+def test_a_sketch_is_the_projected_gradient_of_the_answer_s_loss(backbone: Backbone) -> None:
+    """Against autograd: the head's gradient, projected by the same two matrices, summed over both of its sides."""
+    from dylora_stream.model import features
+
+    row = ROWS[1]
+    tokens = backbone.encode([row.input], [row.output])
+    states = backbone.body(**tokens.inputs(), use_cache=False)[0][tokens.answer_positions()].detach()
+    states.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(backbone.head(states), tokens.answer_ids(), reduction="sum")
+    (gradients,) = torch.autograd.grad(loss, states)
+    first, second = features._projections(backbone.width, backbone.device)
+    expected = torch.nn.functional.normalize(((gradients @ first) * (states @ second)).mean(0), dim=0)
+    np.testing.assert_allclose(answer_sketches(backbone, [row])[0], expected.detach().numpy(), atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(backbone: Backbone) -> None:
+    """The expert predicts its rows better, and no weight, hook or gradient stays behind."""
+    before, losses = weights_of(backbone), row_losses(backbone, ROWS)
+    trained = train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=2))
+    assert row_losses(backbone, ROWS, trained.adapter).mean() < losses.mean() - 0.5
+    assert all(torch.equal(old, new) for old, new in zip(before, weights_of(backbone), strict=True))
+    assert np.array_equal(row_losses(backbone, ROWS), losses)
+    assert all(not module._forward_hooks for module in backbone.upper_linears().values())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(
+    backbone: Backbone, trained: Trained
+) -> None:
+    """Training is repeatable for the same rows, recipe, seed and threads."""
+    again = train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=1))
+    assert again.losses == trained.losses
+    assert same_adapters(again, trained)
+    assert not same_adapters(train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=3)), trained)
+
+
+def test_the_stem_is_cached_and_gives_what_whole_passes_give(backbone: Backbone, trained: Trained) -> None:
+    """Both architectures allow it; the adapters agree to rounding."""
+    whole = train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=1, may_cache_stem=False))
+    assert trained.is_stem_cached
+    assert not whole.is_stem_cached
+    np.testing.assert_allclose(trained.losses, whole.losses, rtol=1e-3)
+
+
+def test_progress_is_told_at_every_step(backbone: Backbone) -> None:
+    """Steps count from 1 to the number that the schedule was laid out for."""
+    seen: list[tuple[int, int]] = []
+    options = TrainingOptions(seed=1, progress=lambda step, steps, _loss: seen.append((step, steps)))
+    train_expert(backbone, ROWS, Recipe(epochs=2, batch_size=3), options)
+    assert seen == [(step, 6) for step in range(1, 7)]
+
+
+def test_a_later_version_starts_where_the_earlier_one_stands(backbone: Backbone, trained: Trained) -> None:
+    """The first step's loss is the earlier version's, and the rank is kept."""
+    recipe = Recipe(rate=1e-5, epochs=1, batch_size=len(ROWS), rank=4, alpha=8.0)
+    later = train_expert(backbone, ROWS, recipe, TrainingOptions(seed=5, start=trained.adapter))
+    tokens = backbone.encode([row.input for row in ROWS], [row.output for row in ROWS])
+    counts = (tokens.labels != IGNORED).sum(1).numpy()
+    expected = np.average(row_losses(backbone, ROWS, trained.adapter), weights=counts)
+    assert later.adapter.rank == 4
+    assert later.losses[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_rows_that_are_too_long_are_left_out_and_none_left_is_a_failure(backbone: Backbone) -> None:
+    """A row over the limit does not train; a job without usable rows fails."""
+    long = LabelledText(input="x" * 300, output="y")
+    recipe = Recipe(epochs=1, max_row_tokens=64)
+    assert train_expert(backbone, [*ROWS, long], recipe, TrainingOptions(seed=1)).rows == len(ROWS)
+    with pytest.raises(TrainingFailed, match="none of 1 rows"):
+        train_expert(backbone, [long], recipe, TrainingOptions(seed=1))
+
+
+def test_exact_means_that_greedy_decoding_would_write_the_answer(backbone: Backbone) -> None:
+    """Rows that were learned by heart are exact; generation agrees with the score."""
+    recipe = Recipe(rate=2e-2, epochs=40, batch_size=4, rank=8)
+    learned = train_expert(backbone, ROWS[:4], recipe, TrainingOptions(seed=1))
+    scores = score_rows(backbone, ROWS, learned.adapter)
+    assert scores.is_exact[:4].all()
+    assert not score_rows(backbone, ROWS).is_exact.any()
+    shuffled = score_rows(backbone, numbered(ROWS, range(7, -1, -1)), learned.adapter)
+    np.testing.assert_allclose(shuffled.losses[::-1], scores.losses, atol=1e-4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks for it
+def test_plain_peft_loads_an_expert_and_gives_the_same_logits(
+    backbone: Backbone, folder: Path, trained: Trained, tmp_path: Path
+) -> None:
+    """PeftModel.from_pretrained on the exported folder agrees with our hooks within 1e-4."""
+    from dylora_stream.model.training import attached
+
+    save_adapter(tmp_path / "expert", trained.adapter, backbone, {"expert_id": "upper", "version": 1})
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    other = PeftModel.from_pretrained(plain, tmp_path / "expert").eval()
+    tokens = backbone.encode([row.input for row in ROWS])
+    with torch.no_grad():
+        base = backbone.model(**tokens.inputs()).logits
+        with attached(backbone, trained.adapter.tensors, 1.0):
+            ours = backbone.model(**tokens.inputs()).logits
+        theirs = other(**tokens.inputs()).logits
+    real = tokens.attention_mask.bool()
+    assert (ours - theirs)[real].abs().max() < 1e-4
+    assert (ours - base)[real].abs().max() > 1e-2
+
+
+def test_an_adapter_comes_back_from_disk_as_it_was(
+    backbone: Backbone, trained: Trained, tmp_path: Path
+) -> None:
+    """Bit for bit, and a folder that lost a byte is called corrupt."""
+    save_adapter(tmp_path, trained.adapter, backbone, {})
+    back = load_adapter(tmp_path)
+    assert back.rank == trained.adapter.rank
+    for name, (a, b) in trained.adapter.tensors.items():
+        assert torch.equal(back.tensors[name][0], a)
+        assert torch.equal(back.tensors[name][1], b)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ExpertCorrupt, match="cannot be read"):
+        load_adapter(tmp_path)
+
+
+def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
+    """An empty folder, and one whose configuration is not JSON."""
+    with pytest.raises(ModelNotFound, match="model fetch"):
+        load_backbone(ModelConfig(), tmp_path)
+    (tmp_path / "config.json").write_text("no")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelNotFound, match="does not load"):
+        load_backbone(ModelConfig(), tmp_path)
+
+
+def test_a_stem_as_deep_as_the_model_is_refused_with_a_depth_that_fits(folder: Path) -> None:
+    """There must be layers left for experts."""
+    with pytest.raises(SettingsError, match="between 1 and 3"):
+        load_backbone(ModelConfig(name="tiny", stem_layers=4), folder)
+
+
+def test_a_folder_that_holds_something_else_is_not_fetched_into(tmp_path: Path) -> None:
+    """Nothing is overwritten, and nothing is left beside it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelNotFound, match="holds no model"):
+        fetch_backbone(tmp_path / "model", print)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_there_is_not_fetched_again(folder: Path) -> None:
+    """The second call is instant and says nothing."""
+    said: list[str] = []
+    assert fetch_backbone(folder, said.append) == folder
+    assert not said
+
+
+def test_a_path_that_holds_no_model_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
+    """No network is asked for it."""
+    with pytest.raises(ModelNotFound, match="not a model folder"):
+        fetch_backbone(tmp_path / "target", print, name=str(tmp_path))
+    assert not (tmp_path / "target").exists()

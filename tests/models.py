@@ -1,0 +1,66 @@
+"""Tiny causal language models with random weights, as folders: a Llama and a GPT-2 (fused projections, Conv1D)."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+END = "<|end|>"
+VOCABULARY = 257  # bytes and the end token
+
+
+def tiny_llama(folder: Path) -> Path:
+    """A Llama of four layers."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=256,
+        tie_word_embeddings=True,
+    )
+    return _saved(LlamaForCausalLM, config, folder)
+
+
+def tiny_gpt2(folder: Path) -> Path:
+    """A GPT-2 of four layers."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=512,
+        initializer_range=0.3,
+        bos_token_id=256,
+        eos_token_id=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return _saved(GPT2LMHeadModel, config, folder)
+
+
+def _saved(architecture: type[PreTrainedModel], config: LlamaConfig | GPT2Config, folder: Path) -> Path:
+    torch.manual_seed(0)
+    architecture(config).eval().save_pretrained(folder)
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(byte_tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    fast.save_pretrained(folder)
+    return folder

@@ -1,0 +1,164 @@
+"""The operator's HTTP port: what it shows, and what it refuses."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from dylora_stream.core.errors import BadRecord, DyloraError, SettingsError, StoreError
+from dylora_stream.core.messages import Novelty
+from dylora_stream.ops.ask import ask
+from dylora_stream.ops.doctor import probe_port
+from dylora_stream.ops.http import Health, HttpConfig, HttpPort, HttpRoutes, Score
+
+READY = Health(is_alive=True, is_ready=True, details={"registry": 3})
+
+
+def novelty_of(text: str, tenant: str) -> Novelty:
+    """A scorer for which long texts are novel; it refuses `bad` and fails on `worse`."""
+    if text == "bad":
+        raise BadRecord("input_too_long", "the input is too long")
+    if text == "far":
+        return Novelty(score=float("inf"), p_value=0.0, entropy=0.5, nearest=None, is_novel=True)
+    if text == "worse":
+        raise StoreError("the index is gone")
+    return Novelty(score=float(len(text)), p_value=None, entropy=0.5, nearest=tenant, is_novel=len(text) > 5)
+
+
+@contextmanager
+def port(health: Health = READY, score: Score | None = novelty_of, **config: Any) -> Iterator[HttpPort]:
+    """A port on a free number, closed afterwards."""
+    routes = HttpRoutes(
+        health=lambda: health,
+        metrics=lambda: b"dylora_x 1\n",
+        score=score,
+        stats=lambda: {"rows": {"waiting": 2}},
+    )
+    opened = HttpPort(HttpConfig(port=0, **config), routes)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def call(
+    opened: HttpPort, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, Any]:
+    """Status and body, the body as JSON where it is."""
+    connection = http.client.HTTPConnection(opened.address.removeprefix("http://"), timeout=5)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    is_json = response.headers["Content-Type"] == "application/json"
+    return response.status, json.loads(text) if is_json else text
+
+
+def test_metrics_are_passed_through() -> None:
+    """What the metrics give is what a scrape gets."""
+    with port() as opened:
+        assert call(opened, "GET", "/metrics") == (200, b"dylora_x 1\n")
+
+
+@pytest.mark.parametrize(
+    ("is_alive", "is_ready", "healthz", "readyz"),
+    [(True, True, 200, 200), (True, False, 200, 503), (False, True, 503, 503)],
+)
+def test_health_and_readiness_differ(is_alive: bool, is_ready: bool, healthz: int, readyz: int) -> None:
+    """A worker that starts is alive and not ready; one that hangs is neither."""
+    with port(Health(is_alive=is_alive, is_ready=is_ready, details={"registry": 3})) as opened:
+        assert call(opened, "GET", "/healthz") == (healthz, {"ok": healthz == 200, "registry": 3})
+        assert call(opened, "GET", "/readyz") == (readyz, {"ok": readyz == 200, "registry": 3})
+
+
+def test_an_input_is_scored() -> None:
+    """POST /novelty answers with the novelty, and the tenant is passed on."""
+    with port() as opened:
+        assert ask(f"{opened.address}/novelty", {"input": "something", "tenant": "acme"}) == {
+            "score": 9.0, "p_value": None, "entropy": 0.5, "nearest": "acme", "is_novel": True,
+        }  # fmt: skip
+
+
+def test_beyond_every_number_is_null() -> None:
+    """JSON has no infinity."""
+    with port() as opened:
+        assert ask(f"{opened.address}/novelty", {"input": "far"})["score"] is None
+
+
+def test_stats_are_shown() -> None:
+    """GET /stats is the role's own summary."""
+    with port() as opened:
+        assert ask(f"{opened.address}/stats") == {"rows": {"waiting": 2}}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b"[1]", 400, "`input`"),
+        (b'{"input": 3}', 400, "`input`"),
+        (b'{"input": "  "}', 400, "`input`"),
+        (b'{"input": "x", "tenant": 3}', 400, "`tenant`"),
+        (b'{"input": "x", "inptu": 3}', 400, "inptu"),
+        (b'{"input": "bad"}', 400, "too long"),
+        (b'{"input": "worse"}', 503, "index is gone"),
+        (b'{"input": "' + b"x" * 200 + b'"}', 413, "100 bytes"),
+    ],
+)
+def test_a_wrong_question_gets_a_sentence(body: bytes, status: int, said: str) -> None:
+    """Status and reason tell the caller what to change."""
+    with port(max_body_bytes=100) as opened:
+        found, answer = call(opened, "POST", "/novelty", body)
+        assert (found, said in answer["error"]) == (status, True), answer
+
+
+def test_a_body_without_length_is_refused() -> None:
+    """A chunked body could be endless."""
+    with port() as opened:
+        found, _ = call(opened, "POST", "/novelty", None, **{"Transfer-Encoding": "chunked"})
+        assert found == 411
+
+
+def test_unknown_paths_are_told_what_there_is() -> None:
+    """404 lists the routes."""
+    with port() as opened:
+        for method, path in (("GET", "/"), ("POST", "/metrics")):
+            found, answer = call(opened, method, path)
+            assert (found, "/novelty" in answer["error"]) == (404, True)
+
+
+def test_a_role_without_model_or_not_ready_does_not_score() -> None:
+    """503 with the reason, in both cases."""
+    body = json.dumps({"input": "x"}).encode()
+    with port(score=None) as opened:
+        assert call(opened, "POST", "/novelty", body)[0] == 503
+    with port(Health(is_alive=True, is_ready=False)) as opened:
+        assert call(opened, "POST", "/novelty", body)[0] == 503
+
+
+def test_a_port_in_use_says_so() -> None:
+    """The second process on a port is told which setting to change; the doctor sees that it is ours."""
+    with port() as opened:
+        number = int(opened.address.rpartition(":")[2])
+        with pytest.raises(SettingsError, match=f"http.port {number}"):
+            HttpPort(HttpConfig(port=number), HttpRoutes(health=lambda: READY, metrics=bytes))
+        assert "ours" in probe_port(HttpConfig(port=number))
+
+
+def test_a_closed_port_is_free_again() -> None:
+    """close() ends the thread and gives the port back, and may be called twice."""
+    with port() as opened:
+        number = int(opened.address.rpartition(":")[2])
+        opened.close()
+        opened.close()
+        with pytest.raises(DyloraError, match="nothing answers"):
+            ask(f"{opened.address}/stats")
+        with socket.create_server(("127.0.0.1", number)):
+            pass

@@ -1,0 +1,160 @@
+"""Settings: four sources, one winner each, and no misspelt name survives."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dylora_stream.core.errors import SettingsError
+from dylora_stream.settings import Settings, is_secret, load_settings, setting_names
+
+
+@pytest.fixture(autouse=True)
+def _clean_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("DYLORA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def origins(settings: Settings) -> dict[str, tuple[str, str]]:
+    """Name -> (value, source) of everything that is not a default."""
+    return {row.name: (row.value, row.source) for row in settings.explain() if row.source != "default"}
+
+
+def test_defaults_are_valid_and_all_explained() -> None:
+    """Without any source every setting has its default and says so."""
+    settings = load_settings()
+    assert [row.name for row in settings.explain()] == setting_names()
+    assert origins(settings) == {}
+
+
+def test_later_sources_win_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File under environment under flag; each value remembers who gave it."""
+    file = tmp_path / "other.toml"
+    file.write_text("[model]\nstem_layers = 3\nmax_input_tokens = 300\nthreads = 1\n")
+    monkeypatch.setenv("DYLORA_MODEL__STEM_LAYERS", "4")
+    monkeypatch.setenv("DYLORA_MODEL__MAX_INPUT_TOKENS", "400")
+    settings = load_settings(file, ["model.stem_layers=5"])
+    assert (settings.model.stem_layers, settings.model.max_input_tokens, settings.model.threads) == (
+        5,
+        400,
+        1,
+    )
+    assert origins(settings) == {
+        "model.stem_layers": ("5", "flag"),
+        "model.max_input_tokens": ("400", "DYLORA_MODEL__MAX_INPUT_TOKENS"),
+        "model.threads": ("1", f"file {file}"),
+    }
+
+
+def test_the_file_is_found_by_name_and_by_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """./dylora.toml is read by itself; DYLORA_CONFIG names another."""
+    (tmp_path / "dylora.toml").write_text("[pool]\nslots = 5\n")
+    assert load_settings().pool.slots == 5
+    (tmp_path / "mine.toml").write_text("[pool]\nslots = 6\n")
+    monkeypatch.setenv("DYLORA_CONFIG", "mine.toml")
+    assert load_settings().pool.slots == 6
+
+
+def test_one_value_leaves_the_others_of_its_section_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section whose defaults are not its class's keeps them beside an overridden field."""
+    default = load_settings().consolidation
+    monkeypatch.setenv("DYLORA_CONSOLIDATION__EPOCHS", "9")
+    changed = load_settings().consolidation
+    assert (changed.epochs, changed.rate, changed.decay_share) == (9, default.rate, default.decay_share)
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("DYLORA_MODEL__STEM_LAYER", "DYLORA_MODEL__STEM_LAYERS"),
+        ("DYLORA_MODLE__STEM_LAYERS", "DYLORA_MODEL__STEM_LAYERS"),
+        ("DYLORA_MODEL_STEM_LAYERS", "DYLORA_MODEL__STEM_LAYERS"),
+        ("DYLORA_CONFG", "DYLORA_CONFIG"),
+        ("dylora_pool__slot", "DYLORA_POOL__SLOTS"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_what_was_meant(
+    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pydantic-settings would ignore it; here it ends the process."""
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(SettingsError, match=f"{variable}; did you mean {meant}"):
+        load_settings()
+
+
+def test_the_tests_own_variable_is_not_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DYLORA_TEST_BOOTSTRAP chooses the tests' broker and is let through."""
+    monkeypatch.setenv("DYLORA_TEST_BOOTSTRAP", "127.0.0.1:1")
+    assert origins(load_settings()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[model]\nstem_layer = 3\n", "model.stem_layer; did you mean model.stem_layers"),
+        ("[modle]\nstem_layers = 3\n", "modle.stem_layers; did you mean model.stem_layers"),
+        ("stem_layers = 3\n", r"below a line such as \[model\]"),
+        ("[model\n", "not readable as TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    """Unknown names, values outside of a section, and what is no TOML at all."""
+    file = tmp_path / "wrong.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        load_settings(file)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A named file must exist; only ./dylora.toml may be absent."""
+    with pytest.raises(SettingsError, match="not a file"):
+        load_settings(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("model.stem_layers=0", r"model\.stem_layers is 0: it must be at least 1 \(from flag\)"),
+        ("model.stem_layers=x", r"model\.stem_layers is 'x': .*integer"),
+        ("routing.top_k=1", r"routing\.top_k must be at least 2"),
+        ("log.level=loud", "'debug', 'info', 'warning' or 'error'"),
+        ("http.port=99999", "http.port is 99999: use 1 to 65535"),
+        ("model.stem_layer=3", "did you mean model.stem_layers"),
+        ("model.stem_layers", "write it as section.field=value"),
+        ("kafka.bootstrap_servers=nowhere:x", "is not host:port"),
+        ("kafka.names=x", "write it as JSON"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_what_would_be_right(flag: str, said: str) -> None:
+    """Checks of a dataclass and of its types arrive as the same kind of sentence."""
+    with pytest.raises(SettingsError, match=said):
+        load_settings(flags=[flag])
+
+
+def test_tables_are_json_in_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping can be given where only text can."""
+    monkeypatch.setenv("DYLORA_KAFKA__NAMES", '{"requests": "orders"}')
+    assert load_settings().kafka.names == {"requests": "orders"}
+
+
+def test_secrets_are_hidden_and_stay_off_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password is in no listing, and --set refuses it, because command lines are public."""
+    monkeypatch.setenv("DYLORA_KAFKA__SASL_PASSWORD", "hunter2")
+    settings = load_settings()
+    assert settings.kafka.sasl_password == "hunter2"
+    assert "hunter2" not in repr(settings)
+    assert "hunter2" not in "".join(row.value for row in settings.explain())
+    assert is_secret("kafka.sasl_password")
+    with pytest.raises(SettingsError, match="DYLORA_KAFKA__SASL_PASSWORD"):
+        load_settings(flags=["kafka.sasl_password=hunter2"])
+
+
+def test_another_process_gets_the_same_settings(tmp_path: Path) -> None:
+    """`arguments` are the flags that reproduce what the environment does not carry."""
+    file = tmp_path / "some.toml"
+    file.write_text("[pool]\nslots = 7\n")
+    settings = load_settings(file, ["http.port=0", "log.level=debug"])
+    assert settings.arguments == ("--config", str(file), "--set", "http.port=0", "--set", "log.level=debug")
+    again = load_settings(Path(settings.arguments[1]), settings.arguments[3::2])
+    assert again.model_dump() == settings.model_dump()
