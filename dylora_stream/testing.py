@@ -37,8 +37,8 @@ from dylora_stream.core.messages import (
 from dylora_stream.core.ports import Batch, Checkpoint, JobUpdate, Partition
 
 __all__ = [
-    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryLedger", "MemorySink",
-    "MemorySource", "ScriptedChild", "UniformAnswerer",
+    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryIndex", "MemoryLedger",
+    "MemorySink", "MemorySource", "ScriptedChild", "UniformAnswerer",
 ]  # fmt: skip
 
 DEFAULT_PREFIX = "dylora."
@@ -425,3 +425,37 @@ class UniformAnswerer:
         """See the port."""
         del tenant
         return [self._novelty] * len(inputs)
+
+
+class MemoryIndex:
+    """`core.ports.VectorIndex` in numpy: a dictionary of vectors, searched by brute force."""
+
+    def __init__(self, dimensions: int) -> None:
+        self._dimensions = dimensions
+        self._vectors: dict[int, np.ndarray] = {}
+
+    def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Take ids (n,) int64 and vectors (n, d) float32 in; an id that is there already is replaced."""
+        self._vectors.update(zip(ids.tolist(), vectors.astype(np.float32), strict=True))
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Forget these ids; unknown ones are ignored."""
+        for row_id in ids.tolist():
+            self._vectors.pop(row_id, None)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(distances (n, k) float32 ascending, ids (n, k) int64); inf and -1 where there are fewer than k."""
+        distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+        ids = np.full((len(queries), k), -1, dtype=np.int64)
+        found = min(k, len(self._vectors))
+        if found:
+            known = np.fromiter(self._vectors, dtype=np.int64)
+            vectors = np.stack(list(self._vectors.values()))
+            exact = np.linalg.norm(queries[:, None, :] - vectors[None], axis=2)
+            order = np.argsort(exact, axis=1, kind="stable")[:, :found]
+            distances[:, :found] = np.take_along_axis(exact, order, axis=1)
+            ids[:, :found] = known[order]
+        return distances, ids
+
+    def __len__(self) -> int:
+        return len(self._vectors)

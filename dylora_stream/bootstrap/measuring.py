@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dylora_stream.bootstrap.parts import SystemClock, expert_store, model_path, router_parts
+from dylora_stream.bootstrap.parts import SystemClock, expert_store, kafka_of, model_path, router_parts
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, Topic
 from dylora_stream.core.ports import Answerer
@@ -58,7 +58,7 @@ class _Metered:
 
 def serve_through(settings: Settings, answerer: Answerer, records: int, group: str) -> Passage:
     """Answer `records` records from the beginning of the topic, in a group of its own; joining is not counted."""
-    kafka = replace(settings.kafka, group=group, instance=group)
+    kafka = kafka_of(settings, group, group)
     metered, clock = _Metered(answerer), SystemClock()
     codec = WireCodec(source="/dylora/bench")
     with ExitStack() as closing:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
+from dylora_stream.stream.broker import is_embedded
+from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.topics import ensure_topics
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
     from dylora_stream.store.database import DuckLedger
 
 __all__ = [
-    "SystemClock", "broker_folder", "create_topics", "expert_store", "faiss_index", "fetch_model", "load_backbone",
-    "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
+    "SystemClock", "broker_folder", "create_topics", "expert_store", "faiss_index", "fetch_model", "kafka_of",
+    "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
 ]  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -122,6 +125,14 @@ def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertSta
         return ExpertStatistics(expert_id=version.expert_id, rows=rows, tenant=version.tenant)
 
     return load
+
+
+def kafka_of(settings: Settings, instance: str, group: str | None = None) -> KafkaConfig:
+    """The broker as one client of this process sees it."""
+    embedded = is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings))
+    return replace(
+        settings.kafka, instance=instance, group=group or settings.kafka.group, is_embedded=embedded
+    )
 
 
 def create_topics(settings: Settings) -> list[Topic]:

@@ -16,11 +16,11 @@ import structlog
 
 from dylora_stream.bootstrap.parts import (
     SystemClock,
-    broker_folder,
     create_topics,
     expert_store,
     faiss_index,
     fetch_model,
+    kafka_of,
     load_backbone,
     mixture_answerer,
     open_ledger,
@@ -34,7 +34,7 @@ from dylora_stream.ops.metrics import Metrics
 from dylora_stream.ops.supervisor import Role, Supervisor
 from dylora_stream.settings import Settings
 from dylora_stream.store.identity import Identity, claim_identity
-from dylora_stream.stream.broker import EmbeddedIds, is_embedded
+from dylora_stream.stream.broker import EmbeddedIds
 from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
 from dylora_stream.stream.sink import FixedId, KafkaSink, TransactionalIds
 from dylora_stream.stream.source import KafkaChangelog, KafkaSource
@@ -102,7 +102,11 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
         curator = Curator(ledger.load(), knowledge, codec, clock, rules)
         command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
-        environment = {"OMP_NUM_THREADS": str(settings.learn.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            "OMP_NUM_THREADS": str(settings.learn.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         child_config = ChildConfig(command=command, environment=environment, niceness=settings.learn.niceness)
         ports = LearnPorts(
             source=_closing(
@@ -127,6 +131,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
             metrics=metrics.text,
+            stats=curator.summary,
         )
         _open_port(settings, routes, closing, "learn")
         _until_signalled(service, is_supervised=is_supervised)
@@ -160,6 +165,7 @@ def child(settings: Settings) -> None:
         router_parts(settings),
         sys.stdin,
         sys.stdout,
+        settings.routing,
     )
 
 
@@ -171,7 +177,7 @@ def supervise(settings: Settings) -> int:
     roles = [
         Role(name=name, command=(*base, "--role", name, *settings.arguments)) for name in ("serve", "learn")
     ]
-    return Supervisor(roles, {}, settings.serve.drain_deadline_s).run()
+    return Supervisor(roles, {"OMP_WAIT_POLICY": "PASSIVE"}, settings.serve.drain_deadline_s).run()
 
 
 class _Service(Protocol):
@@ -208,7 +214,7 @@ def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConf
     identity = claim_identity(settings.store.folder, role, settings.kafka.instance)
     closing.callback(identity.lock.close)
     configure_logs(settings.log, identity.name)
-    kafka = replace(settings.kafka, group=f"{settings.kafka.group}.{role}", instance=identity.name)
+    kafka = kafka_of(settings, identity.name, f"{settings.kafka.group}.{role}")
     wait_for_broker(kafka)
     create_topics(settings)
     return kafka, identity
@@ -217,7 +223,7 @@ def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConf
 def _transactional_ids(settings: Settings, identity: Identity) -> TransactionalIds:
     folder = settings.store.folder
     name = f"{settings.kafka.prefix}{identity.name}"
-    if is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings)):
+    if kafka_of(settings, identity.name).is_embedded:
         return EmbeddedIds(name, folder / f"{identity.name}.transactions")
     return FixedId(name)
 

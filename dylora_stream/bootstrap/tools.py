@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dylora_stream.bootstrap.parts import expert_store, model_path, open_ledger
+from dylora_stream.bootstrap.parts import expert_store, kafka_of, model_path, open_ledger
 from dylora_stream.core.errors import BrokerError, DatabaseBusy, DyloraError, ModelNotFound, TopicMissing
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.messages import Topic
@@ -38,7 +38,7 @@ def sender(settings: Settings) -> Iterator[Callable[[FileRecord], None]]:
     """Sends records to the requests topic. Leaving the block waits for the broker; BrokerError when one was refused."""
     from kafka import KafkaProducer
 
-    kafka = replace(settings.kafka, instance="produce")
+    kafka = kafka_of(settings, "produce")
     topic = kafka.topic(Topic.REQUESTS)
     options = client_options(kafka, "produce") | {"acks": "all", "max_request_size": kafka.max_message_bytes}
     producer: Any = connect(lambda: KafkaProducer(**options), kafka)
@@ -74,7 +74,7 @@ def sender(settings: Settings) -> Iterator[Callable[[FileRecord], None]]:
 
 def newest_registry(settings: Settings) -> Registry:
     """The registry that serve workers activate, read from the broker; an empty one before the first."""
-    log = KafkaChangelog(replace(settings.kafka, instance="look"), Topic.EXPERTS)
+    log = KafkaChangelog(kafka_of(settings, "look"), Topic.EXPERTS)
     try:
         records = [
             record for record in log.catch_up(READ_S) if record.key == codec.REGISTRY_KEY and record.value

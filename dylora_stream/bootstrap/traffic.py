@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from kafka import KafkaProducer
 
-from dylora_stream.bootstrap.parts import load_backbone, mixture_answerer, open_ledger
+from dylora_stream.bootstrap.parts import kafka_of, load_backbone, mixture_answerer, open_ledger
 from dylora_stream.core.errors import BrokerError
 from dylora_stream.core.messages import Event, Position, RawRecord, Request, Topic
 from dylora_stream.settings import Settings
@@ -38,7 +38,7 @@ class Traffic:
     """Requests in, and all that comes back, from now on."""
 
     def __init__(self, settings: Settings) -> None:
-        kafka = replace(settings.kafka, instance="traffic")
+        kafka = kafka_of(settings, "traffic")
         self._topic = kafka.topic(Topic.REQUESTS)
         options = client_options(kafka, "traffic") | {
             "acks": "all",
@@ -98,7 +98,7 @@ class Traffic:
 
 def read_positions(settings: Settings, topic: Topic) -> list[str]:
     """The source position of every record of `results` or `dead-letters`, read by a fresh reader from the beginning."""
-    log = KafkaChangelog(replace(settings.kafka, instance="count"), topic)
+    log = KafkaChangelog(kafka_of(settings, "count"), topic)
     try:
         return [_source_position(record) for record in log.catch_up(READ_S)]
     finally:

@@ -28,10 +28,11 @@ class CheckConfig:
     """Share of held-out rows that the bare backbone answers exactly, from which it needs no expert, 0..1."""
     known_loss: float = 0.02
     """Nats a token; the same, by loss."""
-    drift_ratio: float = 1.5
-    """An expert serves rows already when their loss is at most this times its own held-out loss."""
-    drift_exact: float = 0.15
-    """... and its exact share on them is at most this below its own, and at least one half."""
+    drift_loss: float = 0.1
+    """An expert serves rows already when their loss lies at most this far on the way from its own held-out loss to the
+    backbone's loss on these rows, 0..1."""
+    drift_exact: float = 0.25
+    """... and its exact share is at most this below its own (two standard errors of 16 rows), and at least one half."""
     drift_experts: int = 3
     """Experts that are asked, the nearest ones; each costs a pass over the held-out rows."""
     seed_t: float = 2.0
@@ -49,7 +50,7 @@ class CheckConfig:
         for name in ("heldout_min", "drift_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("routing", "known_exact", "drift_exact", "exact_slack"):
+        for name in ("routing", "known_exact", "drift_loss", "drift_exact", "exact_slack"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
 
@@ -85,13 +86,13 @@ def compare(before: np.ndarray, after: np.ndarray, *, min_t: float, min_gain: fl
     return Verdict(is_better=gain > min_gain and t >= min_t, gain=gain, t=t)
 
 
-def is_drift(loss: float, exact: float, own: tuple[float, float], config: CheckConfig) -> bool:
-    """Whether an expert serves new rows about as well as its `own` held-out ones (loss, exact share)."""
-    own_loss, own_exact = own
-    return (
-        loss <= max(config.drift_ratio * own_loss, config.known_loss)
-        and exact >= max(own_exact - config.drift_exact, 0.5)
-    )  # fmt: skip
+def is_drift(
+    found: tuple[float, float], own: tuple[float, float], backbone_loss: float, config: CheckConfig
+) -> bool:
+    """Whether an expert serves new rows, (loss, exact share) `found`, about as well as its `own` held-out ones."""
+    (loss, exact), (own_loss, own_exact) = found, own
+    near = own_loss + config.drift_loss * max(backbone_loss - own_loss, 0.0)
+    return loss <= near and exact >= max(own_exact - config.drift_exact, 0.5)
 
 
 def _position(text: str) -> float:

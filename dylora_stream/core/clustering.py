@@ -7,22 +7,32 @@ without a sketch are compared by input alone. Cosines are taken after centring o
     recluster  all waiting rows anew, by average linkage: splits and merges what the order of arrival got wrong
     readiness  whether a cluster may become an expert: distinct rows, cohesion, persistence
 
-Only rows are kept here, no decisions about them: whoever owns the rows (the curator) says when one is taken or expires.
-Nothing is drawn at random; the same rows in the same order give the same clusters and ids.
+Only rows are kept here, no decisions about them: whoever owns the rows (the curator) says when one is taken or
+expires. Nothing is drawn at random; the same rows in the same order give the same clusters and ids.
 
-Invariant: a row is in exactly one cluster; a cluster has at least one row; an id is never given to another cluster while
-its own has rows.
+Invariant: a row is in exactly one cluster; a cluster has at least one row; an id is never given to another cluster
+while its own has rows.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 
 import numpy as np
 
-__all__ = ["ClusteringConfig", "OnlineClusters", "Placement", "Readiness", "Reclustered", "Reference", "average_linkage"]
+from dylora_stream.core.linkage import average_linkage
 
-SAME_ROW = 1.0 - 1e-5  # similarity from which two rows are one text: bfloat16 moves features a little between batches
+__all__ = [
+    "ClusteringConfig",
+    "OnlineClusters",
+    "Placement",
+    "Readiness",
+    "Reclustered",
+    "Reference",
+]
+
+SAME_ROW = 1.0 - 1e-5  # similarity of copies of one text: bfloat16 moves features between batches
 GROWTH = 1.1  # the reference is taken anew when this many times the rows were seen
 TINY = 1e-9
 
@@ -32,7 +42,11 @@ class ClusteringConfig:
     """How waiting rows are gathered."""
 
     join_similarity: float = 0.12
-    """Average similarity from which a row joins a cluster, and two clusters are one; cosine after centring, in (0, 1)."""
+    """Average similarity from which a row joins a cluster, and two clusters are one; cosine after centring, in (0,
+    1)."""
+
+    max_gap: float = 0.4
+    """How much less alike than each by itself two groups of rows may be and still be one cluster, above 0."""
 
     answer_weight: float = 0.5
     """The answer sketch's part in the similarity of two rows that both have one, in [0, 1]."""
@@ -49,6 +63,8 @@ class ClusteringConfig:
     def __post_init__(self) -> None:
         if not 0 < self.join_similarity < 1:
             raise ValueError(f"join_similarity must lie between 0 and 1, not {self.join_similarity}")
+        if not self.max_gap > 0:
+            raise ValueError(f"max_gap must be above 0, not {self.max_gap}")
         if not 0 <= self.answer_weight <= 1:
             raise ValueError(f"answer_weight must lie in [0, 1], not {self.answer_weight}")
         if self.reference_rows < 0 or self.min_span_ms < 0:
@@ -68,7 +84,8 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reclustered:
-    """What a pass changed: each moved row's new cluster, clusters that are new, and (from, into) of those that ended."""
+    """What a pass changed: each moved row's new cluster, clusters that are new, and (from, into) of those that
+    ended."""
 
     moves: Mapping[str, str] = field(default_factory=dict)
     created: tuple[str, ...] = ()
@@ -87,7 +104,8 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What rows are centred on before they are compared: without it all texts look alike, cosines of 0.9 between skills.
+    """What rows are centred on before they are compared: without it all texts look alike, cosines of 0.9 between
+    skills.
 
     input_mean, input_std: (d,); sketch_mean: (s,) or None.
     """
@@ -102,6 +120,8 @@ class Reference:
 
     def sketches(self, sketches: np.ndarray) -> np.ndarray:
         """Unit vectors (n, s) float32 of sketches (n, s); rows of zeros stay zeros."""
+        if not sketches.shape[1]:
+            return sketches
         has_sketch = sketches.any(axis=1, keepdims=True)
         centred = sketches if self.sketch_mean is None else sketches - self.sketch_mean
         return _units(np.where(has_sketch, centred, 0.0))
@@ -140,12 +160,15 @@ class OnlineClusters:
     def __init__(self, config: ClusteringConfig, prior: Reference | None = None) -> None:
         self._config, self._prior = config, prior
         self._seen, self._seen_sketches = _Running(), _Running()
+        self._counted: set[str] = set()
         self._slots: dict[str, int] = {}  # row id → its line in the arrays below, in order of arrival
         self._clusters: list[str] = []
         self._times = np.zeros(0, dtype=np.int64)
         self._features = np.zeros((0, 0), dtype=np.float32)
         self._sketches = np.zeros((0, 0), dtype=np.float32)  # zeros where a row has none
-        self._inputs = self._answers = np.zeros((0, 0), dtype=np.float32)  # unit vectors under the reference in force
+        self._inputs = self._answers = np.zeros(
+            (0, 0), dtype=np.float32
+        )  # unit vectors under the reference in force
         self._in_force: Reference | None = None
         self._centred_at = 0  # rows seen when the reference was last taken
 
@@ -183,14 +206,17 @@ class OnlineClusters:
         if not self._slots:
             return Reclustered()
         self._centre()
-        labels = average_linkage(self._similarity(np.arange(len(self._slots))), self._config.join_similarity)
+        similarity = self._similarity(np.arange(len(self._slots)))
+        labels = average_linkage(similarity, self._config.join_similarity, max_gap=self._config.max_gap)
         ids, before = list(self._slots), list(self._clusters)
         names = _names(labels, before, ids)
         self._clusters = [names[label] for label in labels.tolist()]
         moves = {row: new for row, old, new in zip(ids, before, self._clusters, strict=True) if old != new}
         ended = set(before) - set(self._clusters)
         merged = tuple((old, _heir(old, before, self._clusters)) for old in sorted(ended))
-        return Reclustered(moves=moves, created=tuple(sorted(set(self._clusters) - set(before))), merged=merged)
+        return Reclustered(
+            moves=moves, created=tuple(sorted(set(self._clusters) - set(before))), merged=merged
+        )
 
     def members(self, cluster_id: str) -> tuple[str, ...]:
         """Row ids in order of arrival."""
@@ -227,7 +253,11 @@ class OnlineClusters:
         kept = [row_id for row_id in self._slots if row_id not in gone]
         lines = np.array([self._slots[row_id] for row_id in kept], dtype=np.int64)
         self._clusters = [self._clusters[line] for line in lines.tolist()]
-        self._times, self._features, self._sketches = self._times[lines], self._features[lines], self._sketches[lines]
+        self._times, self._features, self._sketches = (
+            self._times[lines],
+            self._features[lines],
+            self._sketches[lines],
+        )
         self._inputs, self._answers = self._inputs[lines], self._answers[lines]
         self._slots = {row_id: slot for slot, row_id in enumerate(kept)}
 
@@ -236,23 +266,31 @@ class OnlineClusters:
         latest: dict[str, int] = {}
         for cluster_id, time_ms in zip(self._clusters, self._times.tolist(), strict=True):
             latest[cluster_id] = max(latest.get(cluster_id, time_ms), time_ms)
-        return tuple(row_id for row_id, slot in self._slots.items() if latest[self._clusters[slot]] < before_ms)
+        return tuple(
+            row_id for row_id, slot in self._slots.items() if latest[self._clusters[slot]] < before_ms
+        )
 
     # --- arrays ---------------------------------------------------------------------------------------------------
 
     def _append(
         self, row_id: str, features: np.ndarray, sketch: np.ndarray | None, time_ms: int, cluster_id: str
     ) -> None:
-        self._seen.add(features)
-        if sketch is not None:
-            self._seen_sketches.add(sketch)
+        if row_id not in self._counted:  # a row that comes back from a training that failed counts once
+            self._counted.add(row_id)
+            self._seen.add(features)
+            if sketch is not None:
+                self._seen_sketches.add(sketch)
         width, line = self._sketches.shape[1], np.zeros(0, dtype=np.float32) if sketch is None else sketch
         self._slots[row_id] = len(self._clusters)
         self._clusters.append(cluster_id)
         self._times = np.append(self._times, np.int64(time_ms))
         self._features = _stacked(self._features, features)
         self._sketches = _stacked(self._sketches, line)
-        if self._in_force is None or self._seen.count > GROWTH * self._centred_at or self._sketches.shape[1] != width:
+        if (
+            self._in_force is None
+            or self._seen.count > GROWTH * self._centred_at
+            or self._sketches.shape[1] != width
+        ):
             self._centre()
         else:
             self._inputs = _stacked(self._inputs, self._in_force.inputs(features[None])[0])
@@ -282,9 +320,11 @@ class OnlineClusters:
         inputs = self._inputs[slots] @ self._inputs.T
         if not self._answers.shape[1]:
             return np.asarray(inputs)
-        has_answer = self._sketches.any(axis=1)
-        weight = self._config.answer_weight * (has_answer[slots][:, None] & has_answer[None])
-        return np.asarray((1.0 - weight) * inputs + weight * (self._answers[slots] @ self._answers.T), np.float32)
+        has_answer = np.asarray(self._sketches.any(axis=1), dtype=np.float32)
+        weight = self._config.answer_weight * np.outer(has_answer[slots], has_answer)
+        answers = self._answers[slots] @ self._answers.T
+        similarity: np.ndarray = (1.0 - weight) * inputs + weight * answers
+        return similarity.astype(np.float32)
 
     def _most_alike(self, slot: int) -> tuple[str | None, float]:
         """The cluster that this row is most like on average, itself aside, and how much."""
@@ -300,47 +340,16 @@ class OnlineClusters:
         return names[best], float(means[best])
 
     def _slots_of(self, cluster_id: str) -> np.ndarray:
-        return np.array([slot for slot, name in enumerate(self._clusters) if name == cluster_id], dtype=np.int64)
+        return np.array(
+            [slot for slot, name in enumerate(self._clusters) if name == cluster_id], dtype=np.int64
+        )
 
     def _distinct(self, slots: np.ndarray) -> int:
         """How many of these rows have no earlier twin among them."""
         if not len(slots):
             return 0
-        is_twin = self._similarity(slots)[:, slots] >= SAME_ROW
-        return int((~np.tril(is_twin, -1).any(axis=1)).sum())
-
-
-def average_linkage(similarity: np.ndarray, threshold: float) -> np.ndarray:
-    """Merge the two clusters of largest average similarity until none reaches the threshold.
-
-    similarity: (n, n), symmetric. Returns labels (n,) int64: each row's cluster is named by its first row.
-    """
-    size = len(similarity)
-    table = similarity.astype(np.float64)
-    np.fill_diagonal(table, -np.inf)
-    labels = np.arange(size)
-    counts = np.ones(size)
-    nearest = table.argmax(axis=1)
-    best = table[np.arange(size), nearest]
-    while size > 1:
-        left = int(best.argmax())
-        if not best[left] >= threshold:
-            break
-        left, right = sorted((left, int(nearest[left])))
-        merged = (counts[left] * table[left] + counts[right] * table[right]) / (counts[left] + counts[right])
-        merged[[left, right]] = -np.inf
-        table[left], table[:, left] = merged, merged
-        table[right], table[:, right] = -np.inf, -np.inf
-        counts[left] += counts[right]
-        labels[labels == right] = left
-        best[right] = -np.inf
-        stale = np.flatnonzero(((nearest == left) | (nearest == right)) & np.isfinite(best))
-        stale = np.union1d(stale, [left])
-        nearest[stale] = table[stale].argmax(axis=1)
-        best[stale] = table[stale, nearest[stale]]
-        closer = merged > best
-        nearest[closer], best[closer] = left, merged[closer]
-    return labels
+        similarity = np.tril(self._similarity(slots)[:, slots], -1)
+        return len(slots) - int((similarity.max(axis=1) >= SAME_ROW).sum())
 
 
 def _names(labels: np.ndarray, before: Sequence[str], row_ids: Sequence[str]) -> dict[int, str]:
@@ -367,12 +376,9 @@ def _heir(ended: str, before: Sequence[str], after: Sequence[str]) -> str:
 def _new_id(row_ids: Sequence[str], taken: Iterable[str]) -> str:
     """An id made from the founding row, so that a replay gives the same; from a later row where that one is taken."""
     used = set(taken)
-    for salt, row_id in enumerate([*row_ids, *row_ids]):
-        text = row_id if salt < len(row_ids) else f"{row_id}#{salt}"
-        name = "c-" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-        if name not in used:
-            return name
-    raise ValueError("no free cluster id: more clusters than rows")
+    texts = chain(row_ids, (f"{row_ids[0]}#{number}" for number in count()))
+    names = ("c-" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest() for text in texts)
+    return next(name for name in names if name not in used)
 
 
 def _units(rows: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""How new a row is: distance to the nearest modes of each expert, fused with the router's entropy, turned into p-values.
+"""How new a row is: distance to the nearest modes of each expert, fused with the router's entropy, as p-values.
 
-1. Rows are whitened with the experts' pooled covariance (so Euclidean distances are Mahalanobis ones, 1807.03888), then
-   brought to length 1 (Mahalanobis++, 2505.18032) with the logarithm of their length as one coordinate more. Direction
-   tells experts apart; with a single expert the centre is its own mean, directions say nothing and the length does.
-   Demo skills, 64 rows an expert, AUROC / share of a new skill found at alpha = 0.05, one expert known and all but one:
-   whitened 0.997 / 0.99 and 0.966 / 0.78; length 1 alone 0.922 / 0.54 and 0.989 / 1.00; both 0.998 / 0.99 and 0.983 / 1.00.
+1. Rows are whitened with the experts' pooled covariance (Euclidean distances become Mahalanobis ones, 1807.03888), then
+   brought to length 1 (Mahalanobis++, 2505.18032), with the logarithm of their length as one coordinate more. Direction
+   tells experts apart; with a single expert the centre is its own mean, directions say nothing, and the length does.
+   Demo skills, 64 rows an expert, AUROC / share of a new skill found at alpha = 0.05, with one expert and with all but
+   one: whitened 0.997 / 0.99, 0.966 / 0.78; length 1 alone 0.922 / 0.54, 0.989 / 1.00; both 0.998 / 0.99, 0.983 / 1.00.
 2. An expert is many modes, never one broad Gaussian: its rows themselves while they are few, k-means centres above a
    cap. An index finds the nearest few; where modes have members, they are re-ranked by local (diagonal) Mahalanobis.
-3. The distance is divided by what the expert's own held-out rows have at the median, and raised by the router's entropy.
+3. The distance is divided by what the expert's own held-out rows have at the median, and raised by the router's doubt.
    Entropy is never a score by itself: a softmax over known experts is sharp everywhere, even far from all of them.
 4. Cross-conformal p-value (Vovk 2012, 1208.0806; 2104.08279): every distinct row of an expert is scored by a fit that
    has not seen its fold, means, covariance, modes and router alike; p_e = share of them at least as new as the row.
@@ -42,10 +42,12 @@ class NoveltyConfig:
     """Promised share of known traffic called novel, in (0, 0.5)."""
 
     folds: int = 10
-    """Parts that the cross-conformal calibration leaves out in turn, at least 2. More folds: closer to the promise, slower."""
+    """Parts that the cross-conformal calibration leaves out in turn, at least 2. More folds: closer to the promise,
+    slower."""
 
     floor_rows: int = 24
-    """Distinct rows under which an expert has no veto; never fewer than 1/alpha - 1, which cannot give p <= alpha at all."""
+    """Distinct rows under which an expert has no veto; never fewer than 1/alpha - 1, which cannot give p <= alpha
+    at all."""
 
     max_modes: int = 256
     """Modes an expert; above it rows are summarised by k-means."""
@@ -66,7 +68,8 @@ class NoveltyConfig:
     """Nats of logit difference that count as one; see `RoutingConfig.temperature_dense`."""
 
     beyond_margin: float = 1.5
-    """A row this many times farther than every calibration row of every expert is outside: the backbone answers it."""
+    """A row this many times farther than every calibration row of every expert is outside: the backbone answers
+    it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 0.5:
@@ -74,7 +77,9 @@ class NoveltyConfig:
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2, not {self.folds}")
         if not 1 <= self.neighbours <= self.reranked:
-            raise ValueError(f"neighbours must lie between 1 and reranked ({self.reranked}), not {self.neighbours}")
+            raise ValueError(
+                f"neighbours must lie between 1 and reranked ({self.reranked}), not {self.neighbours}"
+            )
         if self.max_modes < 2:
             raise ValueError(f"max_modes must be at least 2, not {self.max_modes}")
         if self.entropy_weight < 0 or self.entropy_temperature <= 0:
@@ -94,8 +99,8 @@ class NoveltyConfig:
 class NoveltyScores:
     """Novelty of n rows; higher score = more novel, about 1 for a typical known row.
 
-    p_value is nan where nothing is calibrated; nearest is an index into the experts, -1 without one. `is_beyond` rows lie
-    outside of every expert.
+    p_value is nan where nothing is calibrated; nearest is an index into the experts, -1 without one. `is_beyond`
+    rows lie outside of every expert.
     """
 
     score: np.ndarray  # (n,) float64
@@ -109,7 +114,9 @@ class NoveltyScores:
 class _Modes:
     """One expert's modes in an index, with their local spread where they summarise many rows."""
 
-    def __init__(self, rows: np.ndarray, factory: IndexFactory, config: NoveltyConfig, rng: np.random.Generator) -> None:
+    def __init__(
+        self, rows: np.ndarray, factory: IndexFactory, config: NoveltyConfig, rng: np.random.Generator
+    ) -> None:
         self._config = config
         self._centres, self._spreads = rows, None
         if len(rows) > config.max_modes:
@@ -174,8 +181,12 @@ class NoveltyScorer:
 
     def __init__(self, fit: _Fit | None, calibration: Sequence[np.ndarray], config: NoveltyConfig) -> None:
         self._fit, self._config = fit, config
-        self._calibration = calibration  # a sorted array an expert: fused scores of its distinct rows, held out
-        self._median = np.array([max(float(np.median(scores)), TINY) if len(scores) else 1.0 for scores in calibration])
+        self._calibration = (
+            calibration  # a sorted array an expert: fused scores of its distinct rows, held out
+        )
+        self._median = np.array(
+            [max(float(np.median(scores)), TINY) if len(scores) else 1.0 for scores in calibration]
+        )
         self._has_say = np.array([len(scores) >= config.floor for scores in calibration], dtype=bool)
 
     @classmethod
@@ -198,13 +209,16 @@ class NoveltyScorer:
         return cls(whole, _calibrate(experts, index_factory, config, rng), config)
 
     def score(self, features: np.ndarray, allowed: np.ndarray | None = None) -> NoveltyScores:
-        """features: (n, d) float32; allowed: (n, E) bool, all where None. Changes nothing; equal rows get equal scores."""
+        """features: (n, d) float32; allowed: (n, E) bool, all where None. Changes nothing; equal rows get equal
+        scores."""
         rows, experts = len(features), len(self._calibration)
         allowed = np.ones((rows, experts), dtype=bool) if allowed is None else allowed
         if self._fit is None or not allowed.any():
             everything = np.ones(rows, dtype=bool)
             blank = np.zeros(rows)
-            return NoveltyScores(blank, np.full(rows, np.nan), blank, np.full(rows, -1), everything, everything)
+            return NoveltyScores(
+                blank, np.full(rows, np.nan), blank, np.full(rows, -1), everything, everything
+            )
         doubt = self._fit.entropy(features, allowed)
         fused = self._fit.fused(features, allowed, doubt)
         relative = fused / self._median
@@ -223,7 +237,7 @@ class NoveltyScorer:
     def _p_values(self, fused: np.ndarray, allowed: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """(n,) the largest p-value among the experts that have a say; nan without one."""
         result = np.full(len(fused), np.nan)
-        for column in np.flatnonzero(self._has_say):
+        for column in np.flatnonzero(self._has_say).tolist():
             scores = self._calibration[column]
             above = len(scores) - np.searchsorted(scores, fused[:, column], side="right")
             ties = len(scores) - np.searchsorted(scores, fused[:, column], side="left") - above
@@ -239,13 +253,19 @@ class NoveltyScorer:
 
 
 def _calibrate(
-    experts: Sequence[ExpertStatistics], factory: IndexFactory, config: NoveltyConfig, rng: np.random.Generator
+    experts: Sequence[ExpertStatistics],
+    factory: IndexFactory,
+    config: NoveltyConfig,
+    rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Sorted fused scores of every expert's rows, each by a fit without its fold; empty for an expert of one row."""
     folds = [rng.permutation(expert.count) % config.folds for expert in experts]
     scores: list[list[np.ndarray]] = [[] for _ in experts]
     for fold in range(config.folds):
-        kept = [_with_rows(e, e.rows[f != fold]) if e.count > 1 else e for e, f in zip(experts, folds, strict=True)]
+        kept = [
+            _with_rows(e, e.rows[f != fold]) if e.count > 1 else e
+            for e, f in zip(experts, folds, strict=True)
+        ]
         # An expert of fewer rows than folds never loses its last row: permutation spreads them over distinct folds.
         part = _Fit(kept, LinearDiscriminant.fit(kept), factory, config, rng)
         for column, expert in enumerate(experts):
@@ -272,8 +292,11 @@ def distinct(rows: np.ndarray) -> np.ndarray:
 
 
 def _uniform(features: np.ndarray) -> np.ndarray:
-    """(n,) numbers in [0, 1) that break ties, drawn from each row's bytes: the same row gets the same p-value for ever."""
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.ascontiguousarray(features)]
+    """(n,) numbers in [0, 1) that break ties, drawn from each row's bytes: the same row gets the same p-value for
+    ever."""
+    digests = [
+        hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.ascontiguousarray(features)
+    ]
     return np.array([int.from_bytes(digest, "big") / 2.0**64 for digest in digests])
 
 
@@ -288,7 +311,9 @@ def _summarise(rows: np.ndarray, modes: int, rng: np.random.Generator) -> tuple[
         counts = np.bincount(owner, minlength=modes)
         sums = np.zeros((modes, rows.shape[1]))
         np.add.at(sums, owner, rows)
-        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(np.float32)
+        centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(
+            np.float32
+        )
     owner = _nearest(rows, centres)
     counts = np.bincount(owner, minlength=modes)
     squares = np.zeros((modes, rows.shape[1]))

@@ -38,7 +38,8 @@ class RoutingConfig:
     """The backbone's part of a dense row, in (0, 0.5). A sure router gives the leader 1 - this."""
 
     close_share: float = 0.2
-    """Posterior (at `temperature_dense`) from which a nascent expert behind a mature winner shares the row, in (0, 0.5]."""
+    """Posterior (at `temperature_dense`) from which a nascent expert behind a mature winner shares the row, in (0,
+    0.5]."""
 
     def __post_init__(self) -> None:
         if self.method not in ("hybrid", "closed_form", "base"):
@@ -57,8 +58,8 @@ class RoutingConfig:
 class Routing:
     """Experts and weights of n rows.
 
-    experts: (n, m) int64, index into the registry's experts, -1 = the backbone. weights: (n, m) float32. Members stand in
-    descending order of weight. Padding is expert -1 with weight 0.
+    experts: (n, m) int64, index into the registry's experts, -1 = the backbone. weights: (n, m) float32. Members
+    stand in descending order of weight. Padding is expert -1 with weight 0.
     Invariant: weights of a row sum to 1; a dense row has at least two members with weight; a sparse row has one.
     """
 
@@ -82,12 +83,16 @@ def to_backbone(rows: int) -> Routing:
 
 
 def decide(
-    logits: np.ndarray, is_mature: np.ndarray, is_beyond: np.ndarray, allowed: np.ndarray, config: RoutingConfig
+    logits: np.ndarray,
+    is_mature: np.ndarray,
+    is_beyond: np.ndarray,
+    allowed: np.ndarray,
+    config: RoutingConfig,
 ) -> Routing:
     """The hybrid rule.
 
-    logits: (n, E); is_mature: (E,) bool; is_beyond: (n,) bool, rows outside of every expert; allowed: (n, E) bool, False
-    for other tenants' experts.
+    logits: (n, E); is_mature: (E,) bool; is_beyond: (n,) bool, rows outside of every expert; allowed: (n, E) bool,
+    False for other tenants' experts.
     """
     rows, experts = logits.shape
     has_expert = allowed.any(axis=1) & ~is_beyond if experts else np.zeros(rows, dtype=bool)
@@ -108,7 +113,9 @@ def decide(
         weights[mask, 0] = 1.0
         members[mask, 1:] = NULL_EXPERT
     members[~has_expert, 0] = NULL_EXPERT
-    policies = np.where(is_dense, Policy.DENSE.value, np.where(is_sparse, Policy.SPARSE.value, Policy.BACKBONE.value))
+    policies = np.where(
+        is_dense, Policy.DENSE.value, np.where(is_sparse, Policy.SPARSE.value, Policy.BACKBONE.value)
+    )
     return Routing(members, weights.astype(np.float32), tuple(Policy(policy) for policy in policies.tolist()))
 
 

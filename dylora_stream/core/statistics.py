@@ -1,14 +1,15 @@
 """Sufficient statistics of experts, and what follows from them in closed form: covariance, whitening, discriminant.
 
-Count, mean and scatter say all that a Gaussian of an expert needs; adding rows one at a time, in any order, or merging
-two halves gives what one batch fit gives. They are kept in float64: scatter is a difference of large numbers.
+Count, mean and scatter say all that a Gaussian of an expert needs; adding rows one at a time, in any order, or
+merging two halves gives what one batch fit gives. They are kept in float64: scatter is a difference of large numbers.
 
-The pooled within-expert covariance is shrunk in z-scored space with OAS (Chen et al. 2010, 0907.4698), which needs the
-scatter alone, not the rows, so that it too is order-free. Standardising first makes the target a diagonal: stem
-features have a few dimensions with hundred times the variance of the others, and a scaled identity would drown the rest.
+The pooled within-expert covariance is shrunk in z-scored space with OAS (Chen et al. 2010, 0907.4698), which needs
+the scatter alone, not the rows, so that it too is order-free. Standardising first makes the target a diagonal: stem
+features have a few dimensions with hundred times the variance of the others, and a scaled identity would drown the
+rest.
 
-The linear discriminant is CoDe-LoRA's (2610.08312): Σ⁻¹μ_e·z - ½μ_eᵀΣ⁻¹μ_e, computed in whitened coordinates, where Σ = I.
-It does not train anything and holds no prior: how often an expert was seen says nothing about the next record.
+The linear discriminant is CoDe-LoRA's (2610.08312): Σ⁻¹μ_e·z - ½μ_eᵀΣ⁻¹μ_e, computed in whitened coordinates, where
+Σ = I. It does not train anything and holds no prior: how often an expert was seen says nothing about the next record.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ import numpy as np
 from dylora_stream.core.messages import DEFAULT_TENANT
 
 __all__ = [
-    "ExpertStatistics", "LinearDiscriminant", "Moments", "Separation", "Whitening", "entropy", "leave_one_out_accuracy",
-    "pooled_covariance", "separation", "softmax",
+    "ExpertStatistics", "LinearDiscriminant", "Moments", "Separation", "Whitening", "entropy",
+    "leave_one_out_accuracy", "pooled_covariance", "separation", "softmax",
 ]  # fmt: skip
 
 VARIANCE_FLOOR = 1e-4  # share of the median variance: a dimension that never moved must not decide by itself
@@ -157,7 +158,7 @@ class Whitening:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """rows (n, d) → (n, d) float64."""
-        return (rows.astype(np.float64) - self.centre) @ self.matrix
+        return np.asarray((rows.astype(np.float64) - self.centre) @ self.matrix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class LinearDiscriminant:
 
     def logits_of_whitened(self, whitened: np.ndarray) -> np.ndarray:
         """The same for rows that went through `whitening` already."""
-        return whitened @ self.means.T - 0.5 * (self.means**2).sum(axis=1)
+        return np.asarray(whitened @ self.means.T - 0.5 * (self.means**2).sum(axis=1))
 
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
         """(weight (E, d), bias (E,)) so that logits = features @ weight.T + bias, for use inside a forward pass."""
@@ -220,8 +221,8 @@ def separation(statistics: Sequence[ExpertStatistics], new_rows: np.ndarray) -> 
     """Route each new row (n, d) by a discriminant fitted on the experts and the other new rows.
 
     Leaving a row out moves its own mean and takes a rank-one term from the pooled covariance, so each row's distances
-    follow in closed form (Sherman-Morrison) from one fit; shrinkage and scales stay as fitted on all. With u the row's
-    whitened deviation, c its share of the covariance, and v_e the deviation from expert e:
+    follow in closed form (Sherman-Morrison) from one fit; shrinkage and scales stay as fitted on all. With u the
+    row's whitened deviation, c its share of the covariance, and v_e the deviation from expert e:
     d²_e = v_eᵀv_e + c(uᵀv_e)²/(1 - c·uᵀu).
     """
     if not statistics:

@@ -69,7 +69,7 @@ def demo(config: DemoConfig, console: Console) -> int:
     config.folder.mkdir(parents=True)
     console.print(f"Data, logs and experts of this run: {config.folder}")
     bootstrap.fetch_model(load_settings(), console.print)
-    with bootstrap.demo_broker(config.folder / "broker") as servers:
+    with bootstrap.demo_broker(config.folder / "data" / "broker") as servers:
         console.print(f"Broker: {servers}")
         overrides = _overrides(config, servers, tasks)
         settings = load_settings(flags=overrides)

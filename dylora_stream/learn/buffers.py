@@ -5,8 +5,10 @@ Each method that moves something writes it into the `Changes` at hand as well, s
 Invariant: a row is in one place: `RowState` says which, `cluster_id` and `expert_id` say whose.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
@@ -119,6 +121,18 @@ class Buffers:
             online = self._of(row.tenant)
             online.forget([row.position])
             online.restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
+
+    def summary(self) -> dict[str, Any]:
+        """Rows by state, and each cluster with its rows; safe to call while another thread moves rows."""
+        rows, clusters = list(self.rows.values()), list(self.clusters.values())
+        inputs: dict[str | None, list[str]] = {}
+        for row in rows:
+            inputs.setdefault(row.cluster_id, []).append(row.input)
+        described = []
+        for cluster in clusters:
+            mine = inputs.get(cluster.cluster_id, [])
+            described.append({**asdict(cluster), "row_count": len(mine), "distinct_inputs": len(set(mine))})
+        return {"rows": dict(sorted(Counter(str(row.state) for row in rows).items())), "clusters": described}
 
     def tenants(self) -> Sequence[str]:
         """Tenants that have rows in clusters."""

@@ -75,6 +75,10 @@ class Curator:
         for row in state.rows:
             self._remember(row)
 
+    def summary(self) -> Mapping[str, Any]:
+        """Counts for people, as `Ledger.summary` gives them."""
+        return self._buffers.summary()
+
     # ── take ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def take(

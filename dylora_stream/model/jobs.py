@@ -29,7 +29,6 @@ from dylora_stream.model.features import SKETCH_SIZE, LabelledText, answer_sketc
 from dylora_stream.model.live import read_expert
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.reference import write_reference
-from dylora_stream.model.reference import write_reference
 from dylora_stream.model.router import RouterParts
 from dylora_stream.model.trial import Outcome, Rival, Trial, TrialPlan, Workshop
 

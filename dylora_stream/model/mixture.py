@@ -15,7 +15,7 @@ Invariant: a row whose members are all slot 0 gets the base output bit for bit; 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ from dylora_stream.model.features import stem_features
 __all__ = ["BACKBONE_SLOT", "Pool", "StemHook", "StemOutput"]
 
 BACKBONE_SLOT = 0  # the null expert: no blocks
-SHARED_EXPERTS = (
-    4  # distinct experts in a batch, for each member of a row, up to which the shared way is faster
-)
+# Distinct experts in a batch, for each member of a row, up to which the shared way is faster.
+SHARED_EXPERTS = 4
+SHARED_EXPERTS_BFLOAT16 = 8  # batched products are slow there
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,10 @@ class _Gates:
     shares: Tensor  # (B, D) float32
     slots: Tensor  # (B, m) int64
     weights: Tensor  # (B, m) float32
-
-    @property
-    def is_shared(self) -> bool:
-        return len(self.distinct) <= SHARED_EXPERTS * self.slots.shape[1]
+    is_shared: bool  # which way the sum is computed
 
     def rows(self, index: Tensor) -> "_Gates":
-        return _Gates(self.distinct, self.shares[index], self.slots[index], self.weights[index])
+        return replace(self, shares=self.shares[index], slots=self.slots[index], weights=self.weights[index])
 
 
 class Pool:
@@ -122,7 +119,9 @@ class Pool:
         distinct = slots[slots != BACKBONE_SLOT].unique()
         member = slots[:, :, None] == distinct  # (B, m, D)
         shares = (weights[:, :, None] * member.to(self._device)).sum(1)
-        self._set(_Gates(distinct.to(self._device), shares, slots.to(self._device), weights))
+        limit = SHARED_EXPERTS_BFLOAT16 if self._dtype is torch.bfloat16 else SHARED_EXPERTS
+        is_shared = len(distinct) <= limit * members
+        self._set(_Gates(distinct.to(self._device), shares, slots.to(self._device), weights, is_shared))
 
     def keep_rows(self, index: Tensor) -> None:
         """Go on with these rows of the batch, in this order, repeats allowed: index (B',) int64."""

@@ -135,7 +135,7 @@ class Trial:
             "heldout": {"rows": len(plan.checking)} | _numbers("backbone", base),
         }
         if plan.is_seed:
-            report |= self._known(base) or self._drift(features) or self._apart(features)  # 2, 3
+            report |= self._known(base) or self._drift(features, base) or self._apart(features)  # 2, 3
         if "decision" in report:
             return Outcome(report=report, features=features)
         trained = self._train()  # 4
@@ -153,7 +153,7 @@ class Trial:
             "reason": f"the backbone alone answers {exact:.0%} of held-out rows exactly, loss {loss:.3f}",
         }
 
-    def _drift(self, features: np.ndarray) -> dict[str, Any]:
+    def _drift(self, features: np.ndarray, base: RowScores) -> dict[str, Any]:
         """A decision, when one of the nearest experts serves the rows about as well as its own."""
         plan, own = self._plan, self._own()
         if not own:
@@ -166,7 +166,8 @@ class Trial:
             rival = own[index]
             scores = score_rows(self._backbone, plan.checking, rival.expert.adapter)
             loss, exact = float(scores.losses.mean()), float(scores.is_exact.mean())
-            if rival.own_check is not None and is_drift(loss, exact, rival.own_check, plan.check):
+            own_check = rival.own_check
+            if own_check and is_drift((loss, exact), own_check, float(base.losses.mean()), plan.check):
                 reason = f"{rival.expert.name} answers {exact:.0%} of held-out rows exactly, loss {loss:.3f}"
                 return {"decision": "drift", "with": rival.expert.expert_id, "reason": reason}
         return {}

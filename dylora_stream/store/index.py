@@ -27,7 +27,7 @@ class FaissIndex:
     def remove(self, ids: np.ndarray) -> None:
         """Forget these ids; unknown ones are ignored."""
         if len(self):
-            self._index.remove_ids(np.ascontiguousarray(ids, np.int64))
+            self._index.remove_ids(np.ascontiguousarray(ids, np.int64))  # type: ignore[arg-type]  # FAISS wraps arrays
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(distances (n, k) float32 ascending, ids (n, k) int64); inf and -1 where there are fewer than k."""

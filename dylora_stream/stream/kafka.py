@@ -71,6 +71,9 @@ class KafkaConfig:
     max_poll_interval_s: float = 600.0  # longest answer of one batch; the client leaves the group after it
     transaction_timeout_s: float = 60.0  # the broker aborts after it; inference is outside the transaction
     max_message_bytes: int = 8 * 1024 * 1024  # a sample repeats its request, and JSON escapes up to six-fold
+    is_embedded: bool = (
+        False  # the embedded broker: polls are paced (`pacing`); `bootstrap` finds out by its marker
+    )
     compression: Literal["gzip"] | None = None  # the only codec without further packages
 
     def __post_init__(self) -> None:

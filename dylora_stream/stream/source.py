@@ -40,6 +40,7 @@ from dylora_stream.core.errors import (
 from dylora_stream.core.messages import Position, RawRecord, Topic
 from dylora_stream.core.ports import Batch, Checkpoint
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
+from dylora_stream.stream.pacing import poll
 
 __all__ = ["KafkaChangelog", "KafkaSource"]
 
@@ -87,6 +88,7 @@ class KafkaSource:
         self._topics = [config.topic(topic) for topic in topics]
         self._positions = positions
         self._witness = None if witness is None else config.topic(witness)
+        self._is_paced = config.is_embedded
         self._generation = UNSETTLED
         self._last_answer_s = time.monotonic()
         self._timeout_ms = round(config.request_timeout_s * 1000)
@@ -115,7 +117,9 @@ class KafkaSource:
         with kafka_errors(f"reading {', '.join(self._topics)}"):
             group = self._consumer.group_metadata()  # 1
             try:
-                polled = self._consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=max_records)  # 2
+                polled = poll(  # 2
+                    self._consumer, timeout_s, max_records=max_records, is_paced=self._is_paced
+                )
             except NoOffsetForPartitionError:
                 polled = {}
                 self._generation = UNSETTLED
@@ -356,7 +360,7 @@ class KafkaChangelog:
     def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:
         """See core.ports.Changelog.poll."""
         with kafka_errors(f"reading {self._name}"):
-            return list(in_order(self._consumer.poll(timeout_ms=round(timeout_s * 1000))))
+            return list(in_order(poll(self._consumer, timeout_s, is_paced=self._config.is_embedded)))
 
     def catch_up(self, timeout_s: float) -> list[RawRecord]:
         """See core.ports.Changelog.catch_up."""
@@ -370,7 +374,9 @@ class KafkaChangelog:
                     raise BrokerUnreachable(
                         f"{self._name} could not be read to its end in {timeout_s:g} s; {len(records)} records came"
                     )
-                records.extend(in_order(self._consumer.poll(timeout_ms=round(min(left, 0.5) * 1000))))
+                records.extend(
+                    in_order(poll(self._consumer, min(left, 0.1), is_paced=self._config.is_embedded))
+                )
         return records
 
     def close(self) -> None:

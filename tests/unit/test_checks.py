@@ -42,9 +42,10 @@ def test_a_comparison_needs_both_the_gain_and_its_certainty() -> None:
 def test_drift_needs_loss_and_exactness_near_the_expert_s_own() -> None:
     """An expert that is half right on its own rows does not swallow a skill that it answers badly."""
     config = CheckConfig()
-    assert is_drift(0.25, 0.85, (0.2, 0.9), config)
-    assert not is_drift(0.9, 0.85, (0.2, 0.9), config)
-    assert not is_drift(0.25, 0.3, (0.2, 0.4), config)
+    assert is_drift((0.5, 0.85), (0.2, 0.9), 4.0, config)
+    assert not is_drift((0.9, 0.85), (0.2, 0.9), 4.0, config)
+    assert not is_drift((0.25, 0.85), (0.2, 0.9), 0.3, config)
+    assert not is_drift((0.25, 0.3), (0.2, 0.4), 4.0, config)
 
 
 def test_a_wrong_check_is_refused() -> None:

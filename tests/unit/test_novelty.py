@@ -1,0 +1,129 @@
+"""Novelty: the promise on known traffic, detection, who has a veto, and what is outside."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
+from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
+from dylora_stream.testing import MemoryIndex
+
+DIMENSIONS = 32
+CONFIG = NoveltyConfig()
+
+
+def draw(rng: np.random.Generator, centre: np.ndarray, rows: int) -> np.ndarray:
+    """Rows about a centre; two of three dimensions vary ten times less than the rest, as skills' features do."""
+    spread = np.where(np.arange(DIMENSIONS) % 3 == 0, 1.0, 0.1)
+    return (centre + spread * rng.normal(size=(rows, DIMENSIONS))).astype(np.float32)
+
+
+def world(seed: int, experts: int, rows: int = 64) -> tuple[np.random.Generator, np.ndarray, list[ExpertStatistics]]:
+    """A generator, the centres of `experts` known skills and one new one, and the known ones' statistics."""
+    rng = np.random.default_rng(seed)
+    centres = 1.5 * rng.normal(size=(experts + 1, DIMENSIONS))
+    known = [
+        ExpertStatistics(expert_id=f"e{number}", rows=draw(rng, centre, rows))
+        for number, centre in enumerate(centres[:experts])
+    ]
+    return rng, centres, known
+
+
+def fit(experts: list[ExpertStatistics], config: NoveltyConfig = CONFIG, seed: int = 0) -> NoveltyScorer:
+    """A scorer over these experts."""
+    discriminant = LinearDiscriminant.fit(experts) if experts else None
+    return NoveltyScorer.fit(experts, discriminant, MemoryIndex, config, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_known_rows_are_called_novel_at_most_alpha_of_the_time(experts: int) -> None:
+    """Mean over twelve draws of calibration and test, within the binomial 99 % bound above alpha."""
+    flagged = []
+    for seed in range(12):
+        rng, centres, known = world(seed, experts, rows=48)
+        scorer = fit(known, seed=seed)
+        fresh = np.concatenate([draw(rng, centre, 40) for centre in centres[:experts]])
+        flagged.append(scorer.score(fresh).is_novel)
+    together = np.concatenate(flagged)
+    # One calibration of 48 rows has its own spread; 48 rows an expert and 12 draws leave this much of it.
+    spread = np.sqrt(CONFIG.alpha * (1 - CONFIG.alpha) * (1 / len(together) + 1 / (48 * 12 * experts)))
+    assert together.mean() <= CONFIG.alpha + 2.6 * spread
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_rows_of_a_new_skill_are_noticed(experts: int) -> None:
+    """Nearly all of them, with one expert (no entropy) and with several; scores rise with novelty."""
+    rng, centres, known = world(20, experts)
+    scorer = fit(known)
+    new, old = scorer.score(draw(rng, centres[-1], 60)), scorer.score(draw(rng, centres[0], 60))
+    assert new.is_novel.mean() >= 0.95
+    assert np.median(new.score) > 1.5 * np.median(old.score)
+    assert (old.nearest == 0).mean() > 0.95
+    if experts == 1:
+        assert not new.entropy.any()
+
+
+def test_without_an_expert_everything_may_found_a_cluster() -> None:
+    """No p-value, novel and outside, nearest to nobody; the same for a tenant without experts."""
+    rng, centres, known = world(21, 2)
+    rows = draw(rng, centres[0], 3)
+    for scores in (fit([]).score(rows), fit(known).score(rows, np.zeros((3, 2), dtype=bool))):
+        assert np.isnan(scores.p_value).all()
+        assert scores.is_novel.all()
+        assert scores.is_beyond.all()
+        assert (scores.nearest == -1).all()
+
+
+def test_an_expert_under_its_floor_has_no_veto() -> None:
+    """Thirteen rows cannot give p <= 0.05: alone they give no p-value, beside others they silence nothing."""
+    rng, centres, known = world(22, 2)
+    young = ExpertStatistics(expert_id="young", rows=draw(rng, centres[-1], 13))
+    assert np.isnan(fit([young]).score(draw(rng, centres[0], 5)).p_value).all()
+    elsewhere = draw(rng, centres[-1] + 5.0, 30)
+    assert fit([*known, young]).score(elsewhere).is_novel.mean() > 0.9
+
+
+def test_repeated_rows_count_once() -> None:
+    """A log with nine of ten rows repeated calibrates as its distinct rows alone do."""
+    rng, centres, known = world(23, 1)
+    repeated = ExpertStatistics(expert_id="e0", rows=np.repeat(known[0].rows, 10, axis=0))
+    assert len(distinct(repeated.rows)) == len(known[0].rows)
+    rows = draw(rng, centres[0], 20)
+    both = [NoveltyScorer.fit([e], None, MemoryIndex, CONFIG, np.random.default_rng(0)) for e in (known[0], repeated)]
+    np.testing.assert_array_equal(both[0].score(rows).p_value, both[1].score(rows).p_value)
+
+
+def test_many_rows_are_summarised_by_modes_and_the_promise_holds() -> None:
+    """Above the cap: k-means modes with local spreads."""
+    rng, centres, known = world(24, 2, rows=300)
+    scorer = fit(known, NoveltyConfig(max_modes=20))
+    assert scorer.score(draw(rng, centres[0], 200)).is_novel.mean() <= 0.1
+    assert scorer.score(draw(rng, centres[-1], 50)).is_novel.mean() >= 0.95
+
+
+def test_only_rows_clearly_outside_are_beyond() -> None:
+    """A known row and its novel neighbour are answered by an expert; one far from all is not."""
+    rng, centres, known = world(25, 2)
+    scorer = fit(known)
+    assert scorer.score(draw(rng, centres[0], 100)).is_beyond.mean() <= 0.01
+    assert scorer.score(draw(rng, centres[-1] + 30.0, 20)).is_beyond.all()
+
+
+def test_scoring_changes_nothing_and_does_not_depend_on_the_batch() -> None:
+    """The same row gets the same numbers alone, in a batch, and again."""
+    rng, centres, known = world(26, 3)
+    scorer = fit(known)
+    rows = draw(rng, centres[-1], 8)
+    whole = scorer.score(rows)
+    parts = [scorer.score(rows[line : line + 1]) for line in range(8)]
+    for field in fields(NoveltyScores):
+        joined = np.concatenate([getattr(part, field.name) for part in parts])
+        np.testing.assert_allclose(joined.astype(float), getattr(whole, field.name).astype(float), rtol=1e-5)
+
+
+def test_wrong_novelty_settings_are_refused() -> None:
+    """With a message that names the field."""
+    for wrong in ({"alpha": 0.5}, {"folds": 1}, {"neighbours": 9}, {"beyond_margin": 0.5}, {"length_weight": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            NoveltyConfig(**wrong)  # type: ignore[arg-type]
