@@ -10,10 +10,18 @@ from dylora_stream.bootstrap.parts import (
     model_path,
 )
 from dylora_stream.bootstrap.roles import child, learn, serve, supervise
-from dylora_stream.bootstrap.traffic import Traffic, backbone_alone, demo_broker, read_positions, trained_rows
+from dylora_stream.bootstrap.traffic import (
+    Heard,
+    ResultData,
+    Traffic,
+    backbone_alone,
+    demo_broker,
+    read_positions,
+    trained_rows,
+)
 
 __all__ = [
-    "SystemClock", "Traffic", "backbone_alone", "child", "create_topics", "demo_broker", "fetch_model", "learn",
+    "Heard", "ResultData", "SystemClock", "Traffic", "backbone_alone", "child", "create_topics", "demo_broker", "fetch_model", "learn",
     "load_backbone", "mixture_answerer", "model_path", "read_positions", "serve", "serve_through", "supervise",
     "tiny_model", "trained_rows", "zero_experts",
 ]  # fmt: skip

@@ -75,7 +75,6 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
         pipeline = Pipeline(answerer, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
         worker = Worker(model=backbone.name, feature_space=feature_space(backbone), boot=_boot())
         service = ServeService(ports, pipeline, settings.serve, worker)
-        metrics.watch("lag_records", "", ports.source.lag_records)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=service.registry.number),
             metrics=metrics.text,
@@ -127,12 +126,12 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
             feedback_topic=kafka.topic(Topic.FEEDBACK),
         )
         service = LearnService(ports, curator, settings.learn, training, folders)
-        metrics.watch("lag_records", "", ports.source.lag_records)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
             metrics=metrics.text,
             stats=curator.summary,
         )
+        metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
         _until_signalled(service, is_supervised=is_supervised)
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from kafka import KafkaProducer
 
 from dylora_stream.bootstrap.parts import kafka_of, load_backbone, mixture_answerer, open_ledger
 from dylora_stream.core.errors import BrokerError
+from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import Event, Position, RawRecord, Request, Topic
 from dylora_stream.settings import Settings
 from dylora_stream.stream import codec
@@ -20,7 +21,15 @@ from dylora_stream.stream.kafka import client_options, connect, kafka_errors
 from dylora_stream.stream.schemas import ResultData
 from dylora_stream.stream.source import KafkaChangelog
 
-__all__ = ["Traffic", "backbone_alone", "demo_broker", "read_positions", "trained_rows"]
+__all__ = [
+    "Heard",
+    "ResultData",
+    "Traffic",
+    "backbone_alone",
+    "demo_broker",
+    "read_positions",
+    "trained_rows",
+]
 
 READ_S = 60.0  # a whole topic, from its beginning
 ALONE_BATCH = 64  # records of one call to the backbone alone
@@ -34,6 +43,16 @@ def demo_broker(folder: Path) -> Iterator[str]:
         yield broker.bootstrap_servers
 
 
+@dataclass(slots=True)
+class Heard:
+    """Results, events, registries, and the positions of dead letters."""
+
+    results: list[ResultData] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    registries: list[Registry] = field(default_factory=list)
+    dead_letters: list[str] = field(default_factory=list)
+
+
 class Traffic:
     """Requests in, and all that comes back, from now on."""
 
@@ -45,18 +64,16 @@ class Traffic:
             "max_request_size": kafka.max_message_bytes,
         }
         self._producer: Any = connect(lambda: KafkaProducer(**options), kafka)
-        self._logs = {
-            topic: KafkaChangelog(kafka, topic)
-            for topic in (Topic.RESULTS, Topic.EVENTS, Topic.DEAD_LETTERS, Topic.EXPERTS)
-        }
+        topics = (Topic.RESULTS, Topic.EVENTS, Topic.DEAD_LETTERS, Topic.EXPERTS)
+        self._log = KafkaChangelog(kafka, *topics)
+        self._topics = {kafka.topic(topic): topic for topic in topics}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._producer.close()
-        for log in self._logs.values():
-            log.close()
+        self._log.close()
 
     def send(self, requests: Sequence[Mapping[str, Any]]) -> list[str]:
         """JSON requests; their positions, once the broker has them."""
@@ -75,25 +92,22 @@ class Traffic:
             found = [future.get(timeout=READ_S) for future in futures]
         return [str(Position(self._topic, sent.partition, sent.offset)) for sent in found]
 
-    def results(self, timeout_s: float) -> list[ResultData]:
-        """Results that came since the last call."""
-        return [codec.decode_result(record) for record in self._logs[Topic.RESULTS].poll(timeout_s)]
-
-    def events(self) -> list[Event]:
-        """Lifecycle events that came since the last call."""
-        return [codec.decode_event(record) for record in self._logs[Topic.EVENTS].poll()]
-
-    def dead_letters(self) -> list[str]:
-        """Positions of dead letters that came since the last call."""
-        return [_source_position(record) for record in self._logs[Topic.DEAD_LETTERS].poll()]
-
-    def registries(self) -> list[tuple[int, list[str]]]:
-        """(number, expert ids) of registries that came since the last call."""
-        records = [record for record in self._logs[Topic.EXPERTS].poll() if record.key == codec.REGISTRY_KEY]
-        registries = [codec.decode_registry(record) for record in records]
-        return [
-            (registry.number, [version.expert_id for version in registry.experts]) for registry in registries
-        ]
+    def poll(self, timeout_s: float) -> "Heard":
+        """What came since the last call, sorted by what it is."""
+        heard = Heard()
+        for record in self._log.poll(timeout_s):
+            match self._topics[record.position.topic]:
+                case Topic.RESULTS:
+                    heard.results.append(codec.decode_result(record))
+                case Topic.EVENTS:
+                    heard.events.append(codec.decode_event(record))
+                case Topic.DEAD_LETTERS:
+                    heard.dead_letters.append(_source_position(record))
+                case Topic.EXPERTS if record.key == codec.REGISTRY_KEY:
+                    heard.registries.append(codec.decode_registry(record))
+                case _:
+                    pass
+        return heard
 
 
 def read_positions(settings: Settings, topic: Topic) -> list[str]:

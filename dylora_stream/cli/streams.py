@@ -1,5 +1,6 @@
 """Commands that send: produce, replay, score."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable
@@ -78,12 +79,20 @@ def replay(
             min=0.0, help="1 keeps the gaps between the records' times, 10 is ten times as fast, 0 at once."
         ),
     ] = 0.0,
+    keep_times: Annotated[
+        bool,
+        typer.Option(
+            "--keep-times",
+            help="Send the records' own times too. A broker deletes records whose time is older than the topic's "
+            "retention, within seconds.",
+        ),
+    ] = False,
     limit: LimitOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     bootstrap: BootstrapOption = None,
 ) -> None:
-    """Send recorded records again, in file order, with their keys, headers and times.
+    """Send recorded records again, in file order, with their keys and headers.
 
     A row has `value` or `value_base64`, and `key`, `headers`, `timestamp_ms`; a row with `input` is sent as a request.
     """
@@ -93,6 +102,8 @@ def replay(
     records: Iterable[FileRecord] = read_records(file, options)
     if speed > 0:
         records = timed(records, speed, SystemClock(), time.sleep)
+    if not keep_times:
+        records = (dataclasses.replace(record, timestamp_ms=None) for record in records)
     _send(records, count_rows(file, options), settings_from(config, assignments, bootstrap))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.messages import OutboundMessage
 from dylora_stream.core.ports import Partition
@@ -133,6 +134,7 @@ class Changes:
     versions: list[ExpertVersion] = field(default_factory=list)
     registry: Registry | None = None
     messages: list[OutboundMessage] = field(default_factory=list)
+    events: list[EventType] = field(default_factory=list)  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
 
     def __bool__(self) -> bool:

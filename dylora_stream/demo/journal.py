@@ -36,7 +36,6 @@ class Reply:
     output: str
     expert: str | None
     policy: str
-    registry: int
     is_novel: bool
 
 

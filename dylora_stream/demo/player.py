@@ -23,7 +23,7 @@ class Pace:
 
     window: int = 48  # most records on their way at once
     burst: int = 12  # records of one send
-    trickle_per_s: float = 3.0  # while an expert is in training
+    trickle_per_s: float = 2.0  # while an expert is in training
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
     phase_records: int = 260  # of the new task; then the next one comes, expert or not
     after_records: int = 60  # a task, after its expert was live, before the stream may end

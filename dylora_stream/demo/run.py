@@ -19,7 +19,7 @@ from dylora_stream.core.errors import DyloraError, SettingsError
 from dylora_stream.core.messages import Topic
 from dylora_stream.demo.journal import Journal, Reply, Sent, Task
 from dylora_stream.demo.player import Pace, Player
-from dylora_stream.demo.report import judged, skill_reports, skills_table, totals_table
+from dylora_stream.demo.report import SkillReport, judged, skill_reports, skills_table, totals_table
 from dylora_stream.demo.skills import load_skills
 from dylora_stream.demo.view import View
 from dylora_stream.settings import Settings, load_settings
@@ -69,28 +69,39 @@ def demo(config: DemoConfig, console: Console) -> int:
     config.folder.mkdir(parents=True)
     console.print(f"Data, logs and experts of this run: {config.folder}")
     bootstrap.fetch_model(load_settings(), console.print)
+    journal = Journal()
     with bootstrap.demo_broker(config.folder / "data" / "broker") as servers:
         console.print(f"Broker: {servers}")
-        overrides = _overrides(config, servers, tasks)
-        settings = load_settings(flags=overrides)
-        bootstrap.create_topics(settings)
-        journal = Journal()
-        view = View(console, tasks, journal)
-        with _Daemon(settings, config.folder) as daemon, bootstrap.Traffic(settings) as wire:
-            traffic = _DemoTraffic(wire, journal, view, daemon)
-            traffic.wait_until_served()
-            pace = Pace(
-                kill_serve_at=config.kill_serve_at,
-                kill_learn_at=config.kill_learn_at,
-                deadline_s=config.deadline_s,
-            )
-            player = Player(tasks, journal, traffic, bootstrap.SystemClock(), pace)
-            with view.showing():
-                player.play(view.tell)
+        settings = load_settings(flags=_overrides(config, servers, tasks))
+        _play(config, settings, tasks, journal, console)
         count_again(settings, journal)
         trained = bootstrap.trained_rows(settings)
     before = _answer_alone(settings, tasks, journal, trained, console.print)
     reports = skill_reports(tasks, journal, trained, before)
+    return _conclude(config, reports, journal, time.monotonic() - started_s, console)
+
+
+def _play(
+    config: DemoConfig, settings: Settings, tasks: Sequence[Task], journal: Journal, console: Console
+) -> None:
+    """The stream, from the daemon's start to its end."""
+    bootstrap.create_topics(settings)
+    view = View(console, tasks, journal)
+    pace = Pace(
+        kill_serve_at=config.kill_serve_at, kill_learn_at=config.kill_learn_at, deadline_s=config.deadline_s
+    )
+    with _Daemon(settings, config.folder) as daemon, bootstrap.Traffic(settings) as wire:
+        traffic = _DemoTraffic(wire, journal, view, daemon)
+        traffic.wait_until_served()
+        with view.showing():
+            Player(tasks, journal, traffic, bootstrap.SystemClock(), pace).play(view.tell)
+
+
+def _conclude(
+    config: DemoConfig, reports: Sequence[SkillReport], journal: Journal, wall_s: float, console: Console
+) -> int:
+    """Table and report; the exit code."""
+    totals = journal.totals()
     experts = {
         "spawned": journal.events["expert.spawned"],
         "live": len(journal.live_at),
@@ -98,17 +109,11 @@ def demo(config: DemoConfig, console: Console) -> int:
         "matured": journal.events["expert.matured"],
         "consolidated": journal.events["expert.promoted"],
     }
-    totals = journal.totals()
     console.print(skills_table(reports), totals_table(totals, experts))
-    wall_s = time.monotonic() - started_s
     console.print(f"{wall_s:.0f} s in all")
     if config.report is not None:
-        document = {
-            "skills": [asdict(report) for report in reports],
-            "records": totals,
-            "experts": experts,
-            "wall_s": round(wall_s, 1),
-        }
+        skills = [asdict(report) for report in reports]
+        document = {"skills": skills, "records": totals, "experts": experts, "wall_s": round(wall_s, 1)}
         config.report.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"Report: {config.report}")
     return 0 if totals["lost"] == totals["repeated"] == 0 else 1
@@ -193,26 +198,25 @@ class _DemoTraffic:
     def hear(self, timeout_s: float) -> None:
         """See the port."""
         self._daemon.check()
-        for number, experts in self._wire.registries():
-            self._registries[number] = experts
-        for event in self._wire.events():
+        heard = self._wire.poll(timeout_s)
+        for registry in heard.registries:
+            self._registries[registry.number] = [version.expert_id for version in registry.experts]
+        for event in heard.events:
             self._journal.heard_event(event.type)
             self._view.tell_event(event.type, event.entity, dict(event.data))
-        for result in self._wire.results(timeout_s):
-            self._journal.counts[result.position] += 1
-            reply = Reply(
-                output=result.output,
-                expert=result.expert,
-                policy=result.policy,
-                registry=result.registry,
-                is_novel=result.novel,
-            )
-            self._journal.replies.setdefault(result.position, reply)
-            if result.registry > self._newest:
-                self._newest = result.registry
-                self._journal.heard_registry(self._registries.get(result.registry, []))
-        for position in self._wire.dead_letters():
+        for result in heard.results:
+            self._hear_result(result)
+        for position in heard.dead_letters:
             self._journal.dead[position] += 1
+
+    def _hear_result(self, result: bootstrap.ResultData) -> None:
+        self._journal.counts[result.position] += 1
+        reply = Reply(output=result.output, expert=result.expert, policy=result.policy, is_novel=result.novel)
+        self._journal.replies.setdefault(result.position, reply)
+        known = [number for number in self._registries if number <= result.registry]
+        if known and result.registry > self._newest:
+            self._newest = result.registry
+            self._journal.heard_registry(self._registries[max(known)])
 
     def kill(self, role: str) -> None:
         """See the port."""

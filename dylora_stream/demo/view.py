@@ -1,6 +1,6 @@
 """The demo's live view: a table while the stream plays, plain lines where there is no terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -31,7 +31,7 @@ SHOWN = {
 class View:
     """Shows the journal as it grows."""
 
-    def __init__(self, console: Console, tasks: list[Task], journal: Journal) -> None:
+    def __init__(self, console: Console, tasks: Sequence[Task], journal: Journal) -> None:
         self._console = console
         self._tasks = tasks
         self._journal = journal

@@ -75,6 +75,12 @@ class Curator:
         for row in state.rows:
             self._remember(row)
 
+    def buffer_age_s(self) -> float:
+        """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
+        waiting = [*self._buffers.in_state(RowState.WAITING), *self._buffers.in_state(RowState.CLUSTERED)]
+        oldest_ms = min((row.time_ms for row in waiting), default=self._clock.now_ms())
+        return (self._clock.now_ms() - oldest_ms) / 1000
+
     def summary(self) -> Mapping[str, Any]:
         """Counts for people, as `Ledger.summary` gives them."""
         return self._buffers.summary()
@@ -170,6 +176,8 @@ class Curator:
         return None
 
     def _consolidation_job(self) -> JobRequest | None:
+        if self._is_filling():  # what nobody knows yet comes before what is known already
+            return None
         assigned = self._buffers.in_state(RowState.ASSIGNED)
         for version in self.registry.experts:
             owned = [row for row in assigned if row.expert_id == version.expert_id]
@@ -178,6 +186,11 @@ class Curator:
                 named = {"tenant": version.tenant, "expert_id": version.expert_id}
                 return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
         return None
+
+    def _is_filling(self) -> bool:
+        """Whether a buffer is half full, so that its job may come at any moment."""
+        open_clusters = [c for c in self._buffers.clusters.values() if c.state is ClusterState.OPEN]
+        return any(2 * len(self._buffers.members(c.cluster_id)) >= c.rows_wanted for c in open_clusters)
 
     def _wanted_to_consolidate(self, expert_id: str) -> int:
         """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
@@ -363,6 +376,7 @@ class Curator:
     ) -> None:
         event = lifecycle_event(kind, entity, cause, self._clock.now_ms(), data)
         changes.messages.append(self._codec.encode_event(event))
+        changes.events.append(kind)
 
     def _remember(self, row: LedgerRow) -> None:
         """What a row says of the expert that answered it."""

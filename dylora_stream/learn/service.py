@@ -14,7 +14,7 @@ Torch is never imported here; all that needs the backbone is the child's.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,8 +81,8 @@ class Training:
 class LearnMetrics(Protocol):
     """What the loop tells the operator's metrics."""
 
-    def polled(self) -> None:
-        """The source was asked."""
+    def polled(self, lag_records: Callable[[], int]) -> None:
+        """The source was asked; `lag_records` may be called, here in the loop's thread, where a client is safe."""
 
     def sampled(self, samples: Sequence[Sample]) -> None:
         """Samples were committed."""
@@ -92,6 +92,9 @@ class LearnMetrics(Protocol):
 
     def aborted(self) -> None:
         """A transaction did not happen."""
+
+    def happened(self, kind: EventType) -> None:
+        """A lifecycle event was committed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +168,7 @@ class LearnService:
     def step(self) -> int:
         """One round, 1 to 6; returns how many records it took."""
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
-        self._ports.metrics.polled()
+        self._ports.metrics.polled(self._ports.source.lag_records)
         self._take(batch.records, batch.checkpoint)
         for update in self._ports.child.updates():
             self._hear(update)
@@ -173,6 +176,11 @@ class LearnService:
             self._start_next()
         self._publish(batch.checkpoint)
         return len(batch.records)
+
+    def _commit(self, changes: Changes) -> None:
+        self._ports.ledger.commit(changes)
+        for kind in changes.events:
+            self._ports.metrics.happened(kind)
 
     # ── 2: records ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,7 +201,7 @@ class LearnService:
                 key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
             }
             usable = [sample for sample in samples if sample.feature_space == self._training.feature_space]
-            self._ports.ledger.commit(self._curator.take(usable, feedback, ahead))
+            self._commit(self._curator.take(usable, feedback, ahead))
             self._positions |= ahead
             self._ports.metrics.sampled(usable)
 
@@ -212,10 +220,10 @@ class LearnService:
         self._running = None
         if update.result is None:
             log.warning("training_failed", job=job.job_id, kind=job.kind, reason=update.error)
-            self._ports.ledger.commit(self._curator.failed(job, update.error or "no result"))
+            self._commit(self._curator.failed(job, update.error or "no result"))
             self._ports.metrics.job_ended(job.kind, "failed")
         else:
-            self._ports.ledger.commit(self._finish(job, update.result))
+            self._commit(self._finish(job, update.result))
 
     def _tell_progress(self, job: JobRecord, progress: Mapping[str, Any]) -> None:
         """An event a quarter of the way; every step in the log, at debug."""
@@ -229,7 +237,7 @@ class LearnService:
         event = lifecycle_event(
             EventType.TRAINING_PROGRESS, job.expert_id, cause, now_ms, {"job": job.job_id, **progress}
         )
-        self._ports.ledger.commit(Changes(messages=[self._ports.codec.encode_event(event)]))
+        self._commit(Changes(messages=[self._ports.codec.encode_event(event)]))
 
     def _finish(self, job: JobRecord, result: Path) -> Changes:
         if job.kind is JobKind.SKETCH:
@@ -302,7 +310,7 @@ class LearnService:
             "reference": str(self._folders.reference),
         }
         folder = write_job(self._folders.jobs, job_id, description | named, request.rows)
-        self._ports.ledger.commit(changes)
+        self._commit(changes)
         self._submit(job, folder)
 
     def _take_up(self, job: JobRecord) -> None:
@@ -311,7 +319,7 @@ class LearnService:
         if (folder / "result" / "report.json").exists() or (folder / "job.json").exists():
             self._submit(job, folder)
         else:
-            self._ports.ledger.commit(self._curator.failed(job, "its folder is gone"))
+            self._commit(self._curator.failed(job, "its folder is gone"))
 
     def _submit(self, job: JobRecord, folder: Path) -> None:
         log.info(

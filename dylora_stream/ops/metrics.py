@@ -32,6 +32,7 @@ LATENCY_BUCKETS_S = (
     30.0,
     60.0,
 )  # one forward pass to a cold CPU
+LAG_EVERY_S = 5.0  # a round trip to the broker
 WINDOW_RECORDS = 500  # what the rates look back on: minutes of a small stream, seconds of a large one
 
 
@@ -54,6 +55,7 @@ class Metrics:
         self._clock = clock
         self._started_s = clock.monotonic_s()
         self._last_poll_s: float | None = None
+        self._lag_due_s = 0.0
         self._lock = threading.Lock()
         self._was_novel: deque[bool] = deque(maxlen=WINDOW_RECORDS)
         self._was_correct: deque[bool] = deque(maxlen=WINDOW_RECORDS)
@@ -92,7 +94,7 @@ class Metrics:
             "prequential_accuracy",
             f"Share answered exactly right among the last {WINDOW_RECORDS} with a right answer",
         )
-        self.watch("lag_records", "Records not yet taken, summed over this worker's partitions", lambda: 0.0)
+        self._lag = self._gauge("lag_records", "Records not yet taken, summed over this worker's partitions")
         self.watch("gpu_memory_bytes", "Memory that torch holds on the GPU; 0 on a CPU", lambda: 0.0)
         self.watch("buffer_age_seconds", "Age of the oldest row that waits for an expert", lambda: 0.0)
 
@@ -101,9 +103,12 @@ class Metrics:
         gauge = self._watched[name][0] if name in self._watched else self._gauge(name, meaning)
         self._watched[name] = (gauge, read)
 
-    def polled(self) -> None:
-        """The source was asked."""
-        self._last_poll_s = self._clock.monotonic_s()
+    def polled(self, lag_records: Callable[[], int]) -> None:
+        """The source was asked. Its lag is asked for now and then, here, because its client is the loop's alone."""
+        now_s = self._last_poll_s = self._clock.monotonic_s()
+        if now_s >= self._lag_due_s:
+            self._lag_due_s = now_s + LAG_EVERY_S
+            self._lag.set(lag_records())
 
     def answered(self, outcome: AnsweredBatch, latency_s: float) -> None:
         """A batch is on the broker."""
@@ -119,6 +124,7 @@ class Metrics:
             self._by_expert.labels(answer.expert.expert).inc()
         if answer.novelty.is_novel:
             self._novel.inc()
+            self.happened(EventType.SAMPLE_NOVEL)
         with self._lock:
             self._was_novel.append(answer.novelty.is_novel)
             if request.output is not None:

@@ -11,6 +11,7 @@ The order of a batch (the transaction's steps 1, 2 and 4 to 8 live in the source
 Invariant: nothing is kept between batches but the registry, so a batch taken again gives the same kind of outcome.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,8 +49,8 @@ class ServeConfig:
 class ServeMetrics(Protocol):
     """What the loop tells the operator's metrics."""
 
-    def polled(self) -> None:
-        """The source was asked."""
+    def polled(self, lag_records: Callable[[], int]) -> None:
+        """The source was asked; `lag_records` may be called, here in the loop's thread, where a client is safe."""
 
     def answered(self, outcome: Outcome, latency_s: float) -> None:
         """A batch is on the broker."""
@@ -132,7 +133,7 @@ class ServeService:
         """One batch, a to e; returns how many records it settled."""
         self._activate(self._ports.changelog.poll())
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
-        self._ports.metrics.polled()
+        self._ports.metrics.polled(self._ports.source.lag_records)
         if not batch:
             return 0
         started_s = self._ports.clock.monotonic_s()

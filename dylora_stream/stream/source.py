@@ -336,24 +336,26 @@ class KafkaSource:
 
 
 class KafkaChangelog:
-    """A topic read whole and for ever, without a group (core.ports.Changelog)."""
+    """Topics read whole and for ever, without a group (core.ports.Changelog); in order within each partition."""
 
-    def __init__(self, config: KafkaConfig, topic: Topic = Topic.EXPERTS) -> None:
-        self._config, self._name = config, config.topic(topic)
+    def __init__(self, config: KafkaConfig, *topics: Topic) -> None:
+        self._config = config
+        names = [config.topic(topic) for topic in topics or (Topic.EXPERTS,)]
+        self._name = ", ".join(names)
         options = consumer_options(config, "changelog", in_group=False)
         self._consumer = connect(lambda: KafkaConsumer(**options), config)
         with kafka_errors(f"looking for {self._name}"):
-            numbers = (
-                self._consumer.partitions_for_topic(self._name)
-                if self._name in self._consumer.topics()
-                else None
-            )
-            if not numbers:
+            missing = set(names) - set(self._consumer.topics())
+            if missing:
                 self.close()
                 raise TopicMissing(
-                    f"there is no topic {self._name}; create it with `dylora-stream topics create`"
+                    f"there is no topic {', '.join(sorted(missing))}; create it with `dylora-stream topics create`"
                 )
-            self._partitions = [TopicPartition(self._name, number) for number in sorted(numbers)]
+            self._partitions = [
+                TopicPartition(name, number)
+                for name in names
+                for number in sorted(self._consumer.partitions_for_topic(name) or ())
+            ]
             self._consumer.assign(self._partitions)
             self._consumer.seek_to_beginning(*self._partitions)
 

@@ -92,11 +92,13 @@ def test_replayed_records_keep_keys_headers_and_times(
         "timestamp_ms": sent_ms,
     }
     (tmp_path / "recorded.jsonl").write_text(json.dumps(row) + "\n")
-    command("replay", "recorded.jsonl")
+    command("replay", "recorded.jsonl", "--keep-times")
     (record,) = requests_of(settings)
     assert (record.key, record.value) == (b"k", b"\xff\x00")
     assert record.headers == (("traceparent", b"00-1"),)
     assert record.timestamp_ms == sent_ms
+    command("replay", "recorded.jsonl")
+    assert [record.timestamp_ms > sent_ms for record in requests_of(settings)] == [False, True]
 
 
 def test_without_experts_the_commands_say_so(command: Command, settings: Settings) -> None:

@@ -50,7 +50,7 @@ def purities(clusters: OnlineClusters, at_least: int) -> list[tuple[str, float]]
 def test_a_first_skill_with_nothing_to_compare_it_with_is_one_cluster() -> None:
     """The prior reference sets it apart from text in general; it is ready at the rows asked for."""
     clusters = OnlineClusters(ClusteringConfig(), PRIOR)
-    place(clusters, skill(np.random.default_rng(1), "a", 64))
+    place(clusters, skill(np.random.default_rng(1), "a", 64, scatter=0.5))
     assert purities(clusters, 1) == [("a", 1.0)]
     (name,) = clusters.clusters
     assert clusters.readiness(name, 64).reason == "ready"
@@ -108,7 +108,9 @@ def test_reclustering_reports_every_move_and_keeps_ids_by_overlap() -> None:
     at.update(result.moves)
     assert at == {row_id: name for name, members in clusters.clusters.items() for row_id in members}
     assert largest in clusters.clusters
-    assert all(source not in clusters.clusters and target in clusters.clusters for source, target in result.merged)
+    assert all(
+        source not in clusters.clusters and target in clusters.clusters for source, target in result.merged
+    )
     assert not clusters.recluster().moves
 
 
@@ -160,9 +162,9 @@ def test_average_linkage_equals_merging_by_brute_force() -> None:
             break
         groups[a] += groups.pop(b)
     labels = average_linkage(similarity, 0.3)
-    assert sorted(sorted(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())) == sorted(
-        sorted(group) for group in groups
-    )
+    assert sorted(
+        sorted(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())
+    ) == sorted(sorted(group) for group in groups)
 
 
 def test_two_tight_groups_that_share_a_look_stay_apart() -> None:

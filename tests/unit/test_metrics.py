@@ -76,7 +76,7 @@ def test_poll_age_grows_with_the_clock_and_ends_with_a_poll() -> None:
     metrics = Metrics(clock)
     clock.advance(3)
     assert shown(metrics)["dylora_last_poll_age_seconds"] == pytest.approx(3)
-    metrics.polled()
+    metrics.polled(lambda: 7)
     clock.advance(1)
     assert metrics.seconds_since_poll() == pytest.approx(1)
 
@@ -102,15 +102,15 @@ def test_active_experts_follow_the_registry() -> None:
 
 
 def test_watched_values_are_read_at_the_scrape() -> None:
-    """Lag is asked for when somebody looks; a reader that fails is NaN and breaks nothing else."""
-    lag = [7.0]
+    """A watched value is asked for when somebody looks; a reader that fails is NaN and breaks nothing else."""
+    memory = [7.0]
     metrics = Metrics(ManualClock())
-    metrics.watch("lag_records", "", lambda: lag[0])
+    metrics.watch("rows", "", lambda: memory[0])
     metrics.watch("buffer_age_seconds", "", lambda: 1 / 0)
-    assert shown(metrics)["dylora_lag_records"] == 7
-    lag[0] = 9
+    assert shown(metrics)["dylora_rows"] == 7
+    memory[0] = 9
     found = shown(metrics)
-    assert found["dylora_lag_records"] == 9
+    assert found["dylora_rows"] == 9
     assert np.isnan(found["dylora_buffer_age_seconds"])
     assert found["dylora_gpu_memory_bytes"] == 0
 
@@ -133,3 +133,20 @@ def test_two_processes_worth_of_metrics_do_not_meet() -> None:
     one, other = Metrics(ManualClock()), Metrics(ManualClock())
     one.aborted()
     assert shown(other)["dylora_transaction_aborts_total"] == 0
+
+
+def test_lag_is_asked_for_in_the_loop_and_not_at_every_poll() -> None:
+    """The client belongs to the loop's thread, and a round trip is not free."""
+    clock = ManualClock()
+    metrics = Metrics(clock)
+    asked: list[int] = []
+
+    def lag() -> int:
+        asked.append(1)
+        return 7
+
+    for _ in range(10):
+        metrics.polled(lag)
+        clock.advance(1)
+    assert shown(metrics)["dylora_lag_records"] == 7
+    assert len(asked) == 2

@@ -19,7 +19,9 @@ def draw(rng: np.random.Generator, centre: np.ndarray, rows: int) -> np.ndarray:
     return (centre + spread * rng.normal(size=(rows, DIMENSIONS))).astype(np.float32)
 
 
-def world(seed: int, experts: int, rows: int = 64) -> tuple[np.random.Generator, np.ndarray, list[ExpertStatistics]]:
+def world(
+    seed: int, experts: int, rows: int = 64
+) -> tuple[np.random.Generator, np.ndarray, list[ExpertStatistics]]:
     """A generator, the centres of `experts` known skills and one new one, and the known ones' statistics."""
     rng = np.random.default_rng(seed)
     centres = 1.5 * rng.normal(size=(experts + 1, DIMENSIONS))
@@ -90,7 +92,10 @@ def test_repeated_rows_count_once() -> None:
     repeated = ExpertStatistics(expert_id="e0", rows=np.repeat(known[0].rows, 10, axis=0))
     assert len(distinct(repeated.rows)) == len(known[0].rows)
     rows = draw(rng, centres[0], 20)
-    both = [NoveltyScorer.fit([e], None, MemoryIndex, CONFIG, np.random.default_rng(0)) for e in (known[0], repeated)]
+    both = [
+        NoveltyScorer.fit([e], None, MemoryIndex, CONFIG, np.random.default_rng(0))
+        for e in (known[0], repeated)
+    ]
     np.testing.assert_array_equal(both[0].score(rows).p_value, both[1].score(rows).p_value)
 
 
@@ -124,6 +129,12 @@ def test_scoring_changes_nothing_and_does_not_depend_on_the_batch() -> None:
 
 def test_wrong_novelty_settings_are_refused() -> None:
     """With a message that names the field."""
-    for wrong in ({"alpha": 0.5}, {"folds": 1}, {"neighbours": 9}, {"beyond_margin": 0.5}, {"length_weight": -1.0}):
+    for wrong in (
+        {"alpha": 0.5},
+        {"folds": 1},
+        {"neighbours": 9},
+        {"beyond_margin": 0.5},
+        {"length_weight": -1.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             NoveltyConfig(**wrong)  # type: ignore[arg-type]

@@ -13,7 +13,9 @@ SURE = 1000.0
 def route(logits: list[list[float]], mature: list[bool], *, beyond: bool = False) -> Routing:
     """Route with every expert allowed."""
     table = np.array(logits)
-    return decide(table, np.array(mature), np.full(len(table), beyond), np.ones(table.shape, dtype=bool), CONFIG)
+    return decide(
+        table, np.array(mature), np.full(len(table), beyond), np.ones(table.shape, dtype=bool), CONFIG
+    )
 
 
 def test_a_mature_winner_takes_its_row_alone() -> None:
@@ -49,7 +51,9 @@ def test_a_mature_winner_shares_with_a_nascent_expert_close_behind() -> None:
 def test_a_row_outside_of_every_expert_goes_to_the_backbone() -> None:
     """As does a row whose tenant has no expert, and every row while there are none."""
     assert route([[SURE, 0.0]], [True, True], beyond=True).members(0) == [(NULL_EXPERT, 1.0)]
-    nobody = decide(np.zeros((2, 1)), np.array([True]), np.zeros(2, bool), np.array([[False], [True]]), CONFIG)
+    nobody = decide(
+        np.zeros((2, 1)), np.array([True]), np.zeros(2, bool), np.array([[False], [True]]), CONFIG
+    )
     assert nobody.policies == (Policy.BACKBONE, Policy.SPARSE)
     empty = decide(np.zeros((3, 0)), np.zeros(0, bool), np.zeros(3, bool), np.zeros((3, 0), bool), CONFIG)
     assert empty.policies == (Policy.BACKBONE,) * 3

@@ -59,7 +59,9 @@ def test_whitening_turns_mahalanobis_distances_into_euclidean_ones() -> None:
     inverse = np.linalg.inv(pooled_covariance(moments).matrix)
     whitened = Whitening.fit(moments)(rows)
     deviation = rows[0] - rows[1]
-    assert np.linalg.norm(whitened[0] - whitened[1]) == pytest.approx(np.sqrt(deviation @ inverse @ deviation))
+    assert np.linalg.norm(whitened[0] - whitened[1]) == pytest.approx(
+        np.sqrt(deviation @ inverse @ deviation)
+    )
 
 
 def test_the_discriminant_routes_separated_experts_and_its_affine_form_agrees() -> None:
@@ -86,7 +88,9 @@ def test_closed_form_leave_one_out_equals_refitting_without_each_row(gap: float)
     experts = blobs(rng, 3, 60, gap)
     rows = blobs(rng, 1, 60, gap)[0].rows
     refitted = [
-        LinearDiscriminant.fit([*experts, ExpertStatistics(expert_id="new", rows=np.delete(rows, line, axis=0))])
+        LinearDiscriminant.fit(
+            [*experts, ExpertStatistics(expert_id="new", rows=np.delete(rows, line, axis=0))]
+        )
         .logits(rows[line : line + 1])
         .argmax()
         == len(experts)

@@ -1,0 +1,13 @@
+"""The ports in memory, with the contracts of the real ones: for tests of this project and of its users.
+
+One contract suite (tests/contracts) runs over these and over the real implementations alike.
+"""
+
+from dylora_stream.testing.learning import MemoryExpertStore, MemoryLedger, ScriptedChild
+from dylora_stream.testing.model import UniformAnswerer
+from dylora_stream.testing.stream import ManualClock, MemoryBroker, MemoryChangelog, MemorySink, MemorySource
+
+__all__ = [
+    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryLedger", "MemorySink",
+    "MemorySource", "ScriptedChild", "UniformAnswerer",
+]  # fmt: skip

@@ -1,0 +1,139 @@
+"""What learn stands on, in memory: ledger, expert store, child."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from dylora_stream.core.errors import ExpertCorrupt
+from dylora_stream.core.experts import Registry, StoredFolder
+from dylora_stream.core.ledger import (
+    Changes,
+    ClusterRecord,
+    JobRecord,
+    JobState,
+    LedgerRow,
+    LedgerState,
+    LedgerSummary,
+)
+from dylora_stream.core.messages import (
+    OutboundMessage,
+)
+from dylora_stream.core.ports import JobUpdate, Partition
+
+__all__ = ["MemoryExpertStore", "MemoryLedger", "ScriptedChild"]
+
+
+class MemoryLedger:
+    """`core.ledger.Ledger` in a few dictionaries."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, LedgerRow] = {}
+        self._clusters: dict[str, ClusterRecord] = {}
+        self._jobs: dict[str, JobRecord] = {}
+        self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
+        self._registry = Registry()
+        self._positions: dict[Partition, int] = {}
+        self._outbox: list[tuple[int, OutboundMessage]] = []
+        self._sequence = 0
+
+    def load(self) -> LedgerState:
+        """See the port."""
+        rows = sorted(self._rows.values(), key=lambda row: (row.time_ms, row.position))
+        running = tuple(job for job in self._jobs.values() if job.state is JobState.RUNNING)
+        clusters = sorted(
+            self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
+        )
+        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=running, registry=self._registry)
+
+    def commit(self, changes: Changes) -> None:
+        """See the port."""
+        self._rows |= changes.rows
+        self._clusters |= changes.clusters
+        self._jobs |= changes.jobs
+        for version in changes.versions:
+            self._versions[version.expert_id, version.version] = str(version.trained_on.get("job"))
+        self._registry = changes.registry or self._registry
+        self._positions |= changes.positions
+        for message in changes.messages:
+            self._sequence += 1
+            self._outbox.append((self._sequence, message))
+
+    def positions(self) -> dict[Partition, int]:
+        """See the port."""
+        return dict(self._positions)
+
+    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+        """See the port."""
+        return list(self._outbox)
+
+    def published(self, sequence: int) -> None:
+        """See the port."""
+        self._outbox = [entry for entry in self._outbox if entry[0] > sequence]
+
+    def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
+        """See the port."""
+        job = self._jobs.get(self._versions.get((expert_id, version), ""))
+        return [] if job is None else [self._rows[position] for position in job.positions]
+
+    def summary(self) -> LedgerSummary:
+        """See the port."""
+        states = Counter(str(row.state) for row in self._rows.values())
+        return LedgerSummary(
+            rows=dict(sorted(states.items())), clusters=tuple(map(asdict, self._clusters.values()))
+        )
+
+    def close(self) -> None:
+        """See the port."""
+
+
+class MemoryExpertStore:
+    """`core.ports.ExpertStore` that remembers where folders lie and checks nothing."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, Path] = {}
+
+    def put(self, folder: Path) -> StoredFolder:
+        """See the port."""
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+        stored = StoredFolder(path=digest.hexdigest(), sha256=digest.hexdigest())
+        self._folders.setdefault(stored.path, folder)
+        return stored
+
+    def open(self, stored: StoredFolder) -> Path:
+        """See the port."""
+        if stored.path not in self._folders:
+            raise ExpertCorrupt(f"{stored.path} was never put into this store")
+        return self._folders[stored.path]
+
+
+class ScriptedChild:
+    """`core.ports.Child` that runs a function in this process, at once."""
+
+    def __init__(self, run: Callable[[Path], Path]) -> None:
+        self._run = run
+        self._updates: list[JobUpdate] = []
+
+    def submit(self, folder: Path) -> None:
+        """See the port; an exception of the function is the job's error."""
+        try:
+            self._updates.append(JobUpdate(job=folder.name, result=self._run(folder)))
+        except Exception as error:  # noqa: BLE001 - a child's failure is a message, whatever it was
+            self._updates.append(JobUpdate(job=folder.name, error=str(error)))
+
+    def updates(self) -> list[JobUpdate]:
+        """See the port."""
+        said, self._updates = self._updates, []
+        return said
+
+    @property
+    def is_idle(self) -> bool:
+        """See the port."""
+        return not self._updates
+
+    def close(self) -> None:
+        """See the port."""
