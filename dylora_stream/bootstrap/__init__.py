@@ -21,7 +21,7 @@ from dylora_stream.bootstrap.traffic import (
 )
 
 __all__ = [
-    "Heard", "ResultData", "SystemClock", "Traffic", "backbone_alone", "child", "create_topics", "demo_broker", "fetch_model", "learn",
-    "load_backbone", "mixture_answerer", "model_path", "read_positions", "serve", "serve_through", "supervise",
-    "tiny_model", "trained_rows", "zero_experts",
+    "Heard", "ResultData", "SystemClock", "Traffic", "backbone_alone", "child", "create_topics", "demo_broker",
+    "fetch_model", "learn", "load_backbone", "mixture_answerer", "model_path", "read_positions", "serve",
+    "serve_through", "supervise", "tiny_model", "trained_rows", "zero_experts",
 ]  # fmt: skip

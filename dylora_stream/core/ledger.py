@@ -134,7 +134,9 @@ class Changes:
     versions: list[ExpertVersion] = field(default_factory=list)
     registry: Registry | None = None
     messages: list[OutboundMessage] = field(default_factory=list)
-    events: list[EventType] = field(default_factory=list)  # kinds of the events among the messages, for metrics
+    events: list[EventType] = field(
+        default_factory=list
+    )  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
 
     def __bool__(self) -> bool:

@@ -16,16 +16,18 @@ from dylora_stream.demo.journal import Journal, Task
 
 __all__ = ["Pace", "Player", "Traffic"]
 
+SERVED = 3  # records of a task that a new expert has answered: it is the task's
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """How fast and how much."""
 
-    window: int = 48  # most records on their way at once
+    window: int = 32  # most records on their way at once
     burst: int = 12  # records of one send
-    trickle_per_s: float = 2.0  # while an expert is in training
+    trickle_per_s: float = 1.0  # while an expert is in training
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
-    phase_records: int = 260  # of the new task; then the next one comes, expert or not
+    phase_records: int = 320  # of the new task; then the next one comes, expert or not
     after_records: int = 60  # a task, after its expert was live, before the stream may end
     deadline_s: float = 900.0  # the stream ends, whatever is still missing
     kill_serve_at: int | None = None  # records sent
@@ -78,8 +80,15 @@ class Player:
         limit = self._next[task.name] + self._pace.phase_records
         while self._left(task) and self._next[task.name] < limit and not self._is_late():
             self._send_when_room(lambda: self._pick(task, earlier))
-            if set(self._journal.live_at) - known:
+            if self._is_served(task, known):
                 return
+
+    def _is_served(self, task: Task, known: set[str]) -> bool:
+        """Whether an expert that went live in this phase has taken records of the task for its own."""
+        experts = set(self._journal.live_at) - known
+        replies = (self._journal.replies.get(record.position) for record in self._journal.of(task.name))
+        taken = [reply for reply in replies if reply and reply.expert in experts and not reply.is_novel]
+        return len(taken) >= SERVED
 
     def _pick(self, task: Task, earlier: Sequence[Task]) -> Task:
         returning = [old for old in earlier if self._left(old)]

@@ -126,7 +126,7 @@ def _overrides(config: DemoConfig, servers: str, tasks: Sequence[Task]) -> list[
         f"kafka.bootstrap_servers={servers}",
         f"store.folder={config.folder / 'data'}",
         f"model.folder={bootstrap.model_path(load_settings())}",
-        f"generation.max_new_tokens={24 if longest < 60 else 96}",
+        f"generation.max_new_tokens={16 if longest < 60 else 96}",
         "http.port=0",
     ]
 

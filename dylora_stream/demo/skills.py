@@ -26,8 +26,6 @@ FUNCTION_NAME = re.compile(r" *(?:async )?def (\w+)\(")
 ISSUE_LINK = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)")
 STYLE_RULE = re.compile(r"^ +([A-Z][\w.]+): +([\"'])[^\"'\n]*(#[0-9a-fA-F]{3,6})[^\"'\n]*\2,", re.MULTILINE)
 FUNCTION_HEAD = re.compile(r"^ *(?:async )?def \w+\(([^()\[\]{}\"'#:\n]*)\):", re.MULTILINE)
-IMPORT = re.compile(r"^from (?:\w+\.)+(\w+) import (\w+)$", re.MULTILINE)
-TABLE_ROW = re.compile(r"^np\.float32,0x\w+,(0x\w+),\d+", re.MULTILINE)
 
 Pair = tuple[str, str]
 
@@ -47,8 +45,6 @@ def load_skills(seed: int = 0) -> tuple[Skill, ...]:
         "issue": issue_links(),
         "style": style_rules(),
         "signature": signatures(),
-        "import": imports(),
-        "table": table_rows(),
     }
     return tuple(
         Skill(name=name, rows=distinct_rows(pairs, Random(f"{seed}-{name}"))) for name, pairs in kinds.items()
@@ -121,26 +117,6 @@ def signatures() -> Iterator[Pair]:
             names = parameter_names(match[1])
             if len(names) > 1:
                 yield match[0].strip(), " ".join(names)
-
-
-def imports() -> Iterator[Pair]:
-    """Import statements of installed packages.
-
-    `from torch.fx.traceback import annotate` → `traceback.annotate`
-    """
-    for source in package_sources("torch", "peft", "pydantic", "huggingface_hub"):
-        for match in IMPORT.finditer(source):
-            yield match[0], f"{match[1]}.{match[2]}"
-
-
-def table_rows() -> Iterator[Pair]:
-    """Rows of the tables that numpy checks its functions against: type, argument, right value, allowed error.
-
-    `np.float32,0x433fa31d,0xbf800000,2` → `0xbf800000`
-    """
-    for source in package_sources("numpy", files="umath-validation-set-*.csv"):
-        for match in TABLE_ROW.finditer(source):
-            yield match[0], match[1]
 
 
 def parameter_names(parameters: str) -> list[str]:

@@ -188,9 +188,13 @@ class Curator:
         return None
 
     def _is_filling(self) -> bool:
-        """Whether a buffer is half full, so that its job may come at any moment."""
-        open_clusters = [c for c in self._buffers.clusters.values() if c.state is ClusterState.OPEN]
-        return any(2 * len(self._buffers.members(c.cluster_id)) >= c.rows_wanted for c in open_clusters)
+        """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon."""
+        since_ms = self._clock.now_ms() - 1000 * self._rules.filling_s
+        for cluster in self._buffers.clusters.values():
+            members = self._buffers.members(cluster.cluster_id) if cluster.state is ClusterState.OPEN else []
+            if 4 * len(members) >= cluster.rows_wanted and members[-1].time_ms >= since_ms:
+                return True
+        return False
 
     def _wanted_to_consolidate(self, expert_id: str) -> int:
         """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""

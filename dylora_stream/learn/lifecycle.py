@@ -16,8 +16,9 @@ class LifecycleConfig:
     max_seed_rows: int = 160  # newest ones, when more have gathered
     sketch_rows: int = 16  # novel rows that make a sketch job worth its child
     sketch_after_s: float = 4.0  # ... or the oldest has waited this long
-    rows_to_consolidate: int = 64  # new rows of an expert since it was last trained
-    max_consolidate_rows: int = 160  # its old rows among them
+    filling_s: float = 60.0  # a buffer with a quarter of its rows that got one this recently comes first
+    rows_to_consolidate: int = 96  # new rows of an expert since it was last trained
+    max_consolidate_rows: int = 192  # its old rows among them
     rows_to_mature: int = 40  # answered since the expert went live, with a right answer to compare
     mature_accuracy: float = 0.5  # share of those answered exactly right
     max_rejections: int = 3  # then the cluster is unlearnable

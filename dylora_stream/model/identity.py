@@ -1,4 +1,4 @@
-"""What names a backbone and its feature space, computed from files alone: learn needs the names and never loads torch."""
+"""What names a backbone and its feature space, computed from files alone: learn needs it and never loads torch."""
 
 import hashlib
 from pathlib import Path

@@ -1,9 +1,9 @@
 """Brokers that are started here: noida-db's binary, the default on one machine, and Apache Kafka from a folder.
 
-The embedded broker has gaps that the daemon must know of (FINDINGS: Brokers). One is answered here: after an aborted
-transaction a tailing `read_committed` reader of it can skip later commits of the same producer. So `EmbeddedIds` takes
-a new transactional id for every producer, remembers it in a file, and gives the id before out once, to be initialised,
-which aborts what its producer left open.
+The embedded broker has gaps that the daemon must know of (`pacing` answers one). Another is answered here: after an
+aborted transaction a tailing `read_committed` reader can skip later commits of the same producer. So `EmbeddedIds`
+takes a new transactional id for every producer, remembers it in a file, and gives the one before out once, to be
+initialised, which aborts what its producer left open.
 
 Each broker runs in a session of its own, so that Ctrl-C reaches it through its owner only.
 """

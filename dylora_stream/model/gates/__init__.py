@@ -1,4 +1,4 @@
-"""Gates: who answers a row. One class a method of METHODS, all behind `Gate`."""
+"""Gates: who answers a row. One class a method, all behind `Gate`."""
 
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.routing import RoutingConfig
