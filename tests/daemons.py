@@ -26,7 +26,8 @@ PATIENCE_S = 60.0  # a role imports torch, which takes ten seconds where others 
 ROLES = ("serve", "learn")
 TINY = ["model.dtype=float32", "model.threads=1", "model.stem_layers=2", "model.max_input_tokens=200",
         "generation.max_new_tokens=4", "pool.slots=4", "serve.batch_records=4", "lifecycle.sketch_rows=8",
-        "lifecycle.sketch_after_s=1", "topics.requests_partitions=2"]  # fmt: skip
+        "lifecycle.sketch_after_s=1", "lifecycle.rows_to_seed=1000", "lifecycle.max_seed_rows=1000",
+        "topics.requests_partitions=2"]  # fmt: skip
 
 Value = TypeVar("Value")
 
@@ -109,6 +110,12 @@ class Daemon:
                 return response.status, response.read().decode()
         except (URLError, OSError) as error:
             return getattr(error, "code", 0), str(error)
+
+    def stats(self) -> dict[str, Any]:
+        """What learn holds; no rows while it does not answer."""
+        status, body = self.ask("/stats", role="learn")
+        stats: dict[str, Any] = json.loads(body) if status == 200 else {"rows": {}, "clusters": []}
+        return stats
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command with this daemon's settings."""

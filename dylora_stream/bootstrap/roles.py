@@ -169,8 +169,11 @@ def child(settings: Settings) -> None:
 
 
 def supervise(settings: Settings) -> int:
-    """One serve and one learn on this machine; the exit code."""
+    """One serve and one learn on this machine; the exit code. Starts them once the broker answers: a role that cannot
+    reach it at the beginning would be started again for ever.
+    """
     configure_logs(settings.log, "supervisor")
+    wait_for_broker(kafka_of(settings, "supervisor"))
     fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
     base = (sys.executable, "-m", "dylora_stream", "run", "--supervised")
     roles = [

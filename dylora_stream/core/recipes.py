@@ -66,7 +66,7 @@ class Recipe:
             raise ValueError(f"weight_decay is {self.weight_decay}: it must not be negative")
 
 
-SEEDING = Recipe(rate=2e-3, warmup_share=0.1, decay_share=0.4)
+SEEDING = Recipe(rate=2e-3, epochs=5, warmup_share=0.1, decay_share=0.4)
 CONSOLIDATION = Recipe(rate=5e-4, epochs=3, decay_share=0.1)
 
 

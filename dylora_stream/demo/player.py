@@ -23,9 +23,9 @@ SERVED = 3  # records of a task that a new expert has answered: it is the task's
 class Pace:
     """How fast and how much."""
 
-    window: int = 32  # most records on their way at once
+    window: int = 24  # most records on their way at once
     burst: int = 12  # records of one send
-    trickle_per_s: float = 1.0  # while an expert is in training
+    trickle_per_s: float = 0.7  # while an expert is in training
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
     phase_records: int = 320  # of the new task; then the next one comes, expert or not
     after_records: int = 60  # a task, after its expert was live, before the stream may end

@@ -80,8 +80,7 @@ class Buffers:
         """A row with its sketch into the cluster it is most like, or into a new one."""
         placement = self._of(row.tenant).place(row.position, row.features, row.sketch, row.time_ms)
         created = self._found(placement.cluster_id, row, changes)
-        is_closed = self.clusters[placement.cluster_id].state in CLOSED
-        state = RowState.SETTLED if is_closed else RowState.CLUSTERED
+        state = self._state_in(placement.cluster_id)
         self.put(replace(row, state=state, cluster_id=placement.cluster_id), changes)
         return Moved(created=created)
 
@@ -92,7 +91,7 @@ class Buffers:
         for position, cluster_id in result.moves.items():
             row = replace(self.rows[position], cluster_id=cluster_id)
             created += self._found(cluster_id, row, changes)
-            self.put(row, changes)
+            self.put(replace(row, state=self._state_in(cluster_id)), changes)
         for source, _ in result.merged:
             self.put_cluster(replace(self.clusters[source], state=ClusterState.MERGED), changes)
         return Moved(created=tuple(created), merged=result.merged)
@@ -138,6 +137,10 @@ class Buffers:
         """Tenants that have rows in clusters."""
         return sorted(self._online)
 
+    def _state_in(self, cluster_id: str) -> RowState:
+        """How a row stands in this cluster."""
+        return RowState.SETTLED if self.clusters[cluster_id].state in CLOSED else RowState.CLUSTERED
+
     def _found(self, cluster_id: str, row: LedgerRow, changes: Changes) -> tuple[ClusterRecord, ...]:
         """The record of a cluster that has none in use."""
         known = self.clusters.get(cluster_id)
@@ -145,7 +148,7 @@ class Buffers:
             return ()
         cluster = ClusterRecord(
             cluster_id=cluster_id,
-            skill_id=f"s-{cluster_id.removeprefix('c-')}",
+            skill_id=f"s-{cluster_id}",
             tenant=row.tenant,
             state=ClusterState.OPEN,
             created_ms=row.time_ms,

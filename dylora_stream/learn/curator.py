@@ -33,7 +33,7 @@ from dylora_stream.core.messages import Feedback, Sample, SampleReason
 from dylora_stream.core.ports import Clock, Codec, Partition
 from dylora_stream.learn.buffers import Buffers, Moved
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord, newest_distinct
+from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, TrackRecord, newest_distinct
 
 __all__ = ["Curator", "CuratorConfig", "JobRequest"]
 
@@ -71,6 +71,7 @@ class Curator:
         self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
         self._tracks: dict[str, TrackRecord] = {}
         self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
+        self._sketching = BackOff(config.lifecycle.sketch_after_s)
         knowledge.refresh(self.registry)
         for row in state.rows:
             self._remember(row)
@@ -158,7 +159,7 @@ class Curator:
 
     def _sketch_job(self) -> JobRequest | None:
         waiting = self._buffers.in_state(RowState.WAITING)
-        if not waiting:
+        if not waiting or self._clock.now_ms() < self._sketching.until_ms:
             return None
         waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
         if len(waiting) < self._rules.sketch_rows and waited_s < self._rules.sketch_after_s:
@@ -169,10 +170,11 @@ class Curator:
         for cluster in self._buffers.clusters.values():
             if cluster.state is not ClusterState.OPEN:
                 continue
-            rows = newest_distinct(self._buffers.members(cluster.cluster_id), self._rules.max_seed_rows)
+            members = self._buffers.members(cluster.cluster_id)
+            rows = newest_distinct(members, len(members))
             if len(rows) >= cluster.rows_wanted and self._buffers.is_ready(cluster):
                 named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
-                return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
+                return JobRequest(kind=JobKind.SEED, rows=tuple(rows[-self._rules.max_seed_rows :]), **named)
         return None
 
     def _consolidation_job(self) -> JobRequest | None:
@@ -242,6 +244,7 @@ class Curator:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
         changes.jobs[job.job_id] = replace(job, state=JobState.DONE)
+        self._sketching.failures = 0
         for position, sketch in sketches.items():
             row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
@@ -278,6 +281,8 @@ class Curator:
         )
         if job.cluster_id is not None:
             self._back_off(self._buffers.clusters[job.cluster_id], changes)
+        if job.kind is JobKind.SKETCH:
+            self._sketching.failed(self._clock.now_ms())
         if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
             self._vain_attempts[job.expert_id] += 1
         return changes

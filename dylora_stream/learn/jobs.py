@@ -103,11 +103,12 @@ class ChildProcess:
         found = []
         while not self._lines.empty():
             pid, line = self._lines.get()
-            if self._process is None or pid != self._process.pid or self._job is None:
+            if self._process is None or pid != self._process.pid:
                 continue
             if line is None:
-                code = self._process.wait()
-                found.append(JobUpdate(job=self._job, error=f"the child process ended with code {code}"))
+                code = self._release(self._process)
+                if self._job is not None:
+                    found.append(JobUpdate(job=self._job, error=f"the child process ended with code {code}"))
                 self._process = self._job = None
             elif (update := _parse(line)) is not None and update.job == self._job:
                 found.append(update)
@@ -123,9 +124,15 @@ class ChildProcess:
     def close(self) -> None:
         """See the port."""
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
+        if process is not None:
             process.kill()
-            process.wait()
+            self._release(process)
+
+    def _release(self, process: subprocess.Popen[str]) -> int:
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # a line that it never read
+                process.stdin.close()
+        return process.wait()
 
     def _alive(self) -> subprocess.Popen[str] | None:
         return self._process if self._process is not None and self._process.poll() is None else None
@@ -148,8 +155,9 @@ class ChildProcess:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         if process.stdout is not None:
-            for line in process.stdout:
-                self._lines.put((process.pid, line))
+            with process.stdout:
+                for line in process.stdout:
+                    self._lines.put((process.pid, line))
         self._lines.put((process.pid, None))
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from dylora_stream.core.ledger import LedgerRow
 
-__all__ = ["LifecycleConfig", "TrackRecord", "newest_distinct"]
+__all__ = ["BackOff", "LifecycleConfig", "TrackRecord", "newest_distinct"]
+
+MOST_DOUBLINGS = 8  # of a back-off: from 4 s to 17 minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +15,7 @@ class LifecycleConfig:
     """The numbers of an expert's life. Rows are distinct and labelled wherever they are counted."""
 
     rows_to_seed: int = 80  # a cluster's buffer is ready; a fifth of them is held out for the check
-    max_seed_rows: int = 160  # newest ones, when more have gathered
+    max_seed_rows: int = 96  # newest ones, when more have gathered
     sketch_rows: int = 16  # novel rows that make a sketch job worth its child
     sketch_after_s: float = 4.0  # ... or the oldest has waited this long
     filling_s: float = 60.0  # a buffer with a quarter of its rows that got one this recently comes first
@@ -66,6 +68,21 @@ class TrackRecord:
     def is_mature(self, config: LifecycleConfig) -> bool:
         """Enough rows, enough of them right. Age plays no part."""
         return self.rows >= config.rows_to_mature and self.accuracy >= config.mature_accuracy
+
+
+@dataclass(slots=True)
+class BackOff:
+    """How long to leave alone what failed: twice as long after each failure in a row."""
+
+    first_s: float
+    failures: int = 0
+    until_ms: int = 0
+
+    def failed(self, now_ms: int) -> None:
+        """It failed once more."""
+        doublings = min(self.failures, MOST_DOUBLINGS)
+        self.until_ms = now_ms + round(1000 * self.first_s * 2**doublings)
+        self.failures += 1
 
 
 def newest_distinct(rows: Iterable[LedgerRow], limit: int) -> list[LedgerRow]:

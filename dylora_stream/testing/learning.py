@@ -49,16 +49,16 @@ class MemoryLedger:
 
     def commit(self, changes: Changes) -> None:
         """See the port."""
+        jobs = {(each.expert_id, each.version): str(each.trained_on.get("job")) for each in changes.versions}
+        messages = list(enumerate(changes.messages, start=self._sequence + 1))
         self._rows |= changes.rows
         self._clusters |= changes.clusters
         self._jobs |= changes.jobs
-        for version in changes.versions:
-            self._versions[version.expert_id, version.version] = str(version.trained_on.get("job"))
+        self._versions |= jobs
         self._registry = changes.registry or self._registry
         self._positions |= changes.positions
-        for message in changes.messages:
-            self._sequence += 1
-            self._outbox.append((self._sequence, message))
+        self._outbox += messages
+        self._sequence += len(messages)
 
     def positions(self) -> dict[Partition, int]:
         """See the port."""
@@ -80,9 +80,11 @@ class MemoryLedger:
     def summary(self) -> LedgerSummary:
         """See the port."""
         states = Counter(str(row.state) for row in self._rows.values())
-        return LedgerSummary(
-            rows=dict(sorted(states.items())), clusters=tuple(map(asdict, self._clusters.values()))
-        )
+        described = []
+        for cluster in self.load().clusters:
+            mine = [row.input for row in self._rows.values() if row.cluster_id == cluster.cluster_id]
+            described.append({**asdict(cluster), "row_count": len(mine), "distinct_inputs": len(set(mine))})
+        return LedgerSummary(rows=dict(sorted(states.items())), clusters=tuple(described))
 
     def close(self) -> None:
         """See the port."""

@@ -1,0 +1,347 @@
+"""The curator's decisions on rows of three kinds that lie far apart."""
+
+import pytest
+from learning import KINDS, REQUESTS, RULES, Desk, sample, texts, told
+
+from dylora_stream.core.events import EventType
+from dylora_stream.core.experts import Maturity
+from dylora_stream.core.ledger import ClusterState, JobKind, RowState
+from dylora_stream.core.messages import Feedback, Position, SampleReason, Topic
+
+
+def test_novel_rows_wait_until_a_sketch_job_is_worth_its_child() -> None:
+    """A few rows wait; enough of them, or a few that waited long enough, ask for sketches."""
+    desk = Desk()
+    desk.take(texts("apple", 0, 3))
+    assert {row.state for row in desk.rows} == {RowState.WAITING}
+    assert desk.curator.next_job() is None
+    desk.clock.advance(RULES.sketch_after_s)
+    assert len(desk.start().positions) == 3
+    busy = Desk()
+    busy.take(texts("apple", 0, RULES.sketch_rows))
+    assert busy.start().kind is JobKind.SKETCH
+
+
+def test_sketched_rows_gather_by_kind() -> None:
+    """Mixed rows give one cluster a kind, each announced once."""
+    desk = Desk()
+    desk.take([text for number in range(5) for text in (f"apple {number}", f"bolt {number}")])
+    changes = desk.sketch()
+    assert len(told(changes, EventType.CLUSTER_CREATED)) == 2
+    owners = {kind: {row.cluster_id for row in desk.of(kind)} for kind in ("apple", "bolt")}
+    assert len(owners["apple"]) == len(owners["bolt"]) == 1
+    assert owners["apple"] != owners["bolt"]
+    assert {row.state for row in desk.rows} == {RowState.CLUSTERED}
+
+
+def test_a_row_taken_twice_is_one_row() -> None:
+    """Delivered again, in one batch or in the next, it changes nothing."""
+    desk = Desk()
+    twice = [sample("apple 1", 7), sample("apple 1", 7)]
+    desk.commit(desk.curator.take(twice, [], {}))
+    assert len(desk.rows) == 1
+    assert not desk.curator.take(twice, [], {}).rows
+
+
+def test_a_full_buffer_seeds_an_expert_from_its_distinct_rows() -> None:
+    """Exactly the cluster's rows, each input once, in the order of time; repeats do not fill a buffer."""
+    desk = Desk()
+    short = texts("apple", 0, RULES.rows_to_seed - 1)
+    desk.gather([*short, *short[:5], *texts("bolt", 0, 9)])
+    assert desk.curator.next_job() is None
+    desk.gather(texts("apple", RULES.rows_to_seed - 1, RULES.rows_to_seed))
+    job = desk.start()
+    rows = {row.position: row for row in desk.rows}
+    chosen = [rows[position] for position in job.positions]
+    assert job.kind is JobKind.SEED
+    assert sorted(row.input for row in chosen) == sorted(texts("apple", 0, RULES.rows_to_seed))
+    assert chosen == sorted(chosen, key=lambda row: (row.time_ms, row.position))
+
+
+def test_a_job_is_announced_with_its_buffer() -> None:
+    """`buffer.ready` and `training.started`, and the cluster is in training."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    request = desk.curator.next_job()
+    assert request is not None
+    changes = desk.commit(desk.curator.start(request, "job"))
+    assert changes.events == [EventType.BUFFER_READY, EventType.TRAINING_STARTED]
+    assert [cluster.state for cluster in desk.clusters] == [ClusterState.TRAINING]
+
+
+def test_a_promoted_expert_goes_live_manifest_first() -> None:
+    """Whoever reads the registry record finds what it names; `expert.spawned` goes with it."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    job = desk.start()
+    changes = desk.promote(job)
+    keys = [message.key for message in changes.messages if message.topic is Topic.EXPERTS]
+    assert keys == [(job.expert_id or "").encode(), b"registry"]
+    assert [event.entity for event in told(changes, EventType.EXPERT_SPAWNED)] == [job.expert_id]
+    assert desk.ledger.load().registry.expert(job.expert_id or "") is not None
+    assert [cluster.state for cluster in desk.clusters] == [ClusterState.LEARNED]
+    assert {(row.state, row.expert_id, row.is_trained) for row in desk.rows} == {
+        (RowState.ASSIGNED, job.expert_id, True)
+    }
+    assert [row.position for row in desk.ledger.training_rows(job.expert_id or "", 1)] == list(job.positions)
+
+
+def test_rows_that_waited_for_the_expert_become_its_own() -> None:
+    """Rows of its kind that came during the training are assigned, untrained; another kind's stay where they are."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    job = desk.start()
+    desk.gather([*texts("apple", 100, 120), *texts("bolt", 0, 8)])
+    desk.take(texts("apple", 200, 205))
+    desk.promote(job)
+    late = [row for row in desk.of("apple") if row.position not in job.positions]
+    taken = [row for row in late if row.state is RowState.ASSIGNED]
+    assert len(taken) >= 0.8 * len(late)
+    assert {(row.expert_id, row.is_trained) for row in taken} == {(job.expert_id, False)}
+    assert {row.state for row in desk.of("bolt")} == {RowState.CLUSTERED}
+
+
+def test_a_rejected_cluster_backs_off_and_ends_unlearnable() -> None:
+    """Each rejection asks for more rows; the last one settles them, and their like is not gathered again."""
+    desk = Desk()
+    sent = 0
+    for attempt in range(1, RULES.max_rejections + 1):
+        wanted = desk.clusters[0].rows_wanted if desk.clusters else RULES.rows_to_seed
+        desk.gather(texts("apple", sent, wanted))
+        sent = wanted
+        changes = desk.end(desk.start(), "rejected", reason="no gain")
+        assert EventType.EXPERT_REJECTED in changes.events
+        assert desk.clusters[0].rejections == attempt
+        assert desk.curator.next_job() is None
+    assert EventType.CLUSTER_UNLEARNABLE in changes.events
+    assert desk.clusters[0].state is ClusterState.UNLEARNABLE
+    desk.gather(texts("apple", 500, 600))
+    assert {row.state for row in desk.rows} == {RowState.SETTLED}
+    assert desk.curator.next_job() is None
+
+
+def test_a_skill_the_backbone_has_is_settled_and_so_is_its_like() -> None:
+    """No expert, no second attempt; another kind is gathered as ever."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    desk.end(desk.start(), "known_to_backbone")
+    assert desk.clusters[0].state is ClusterState.KNOWN
+    desk.gather([*texts("apple", 100, 150), *texts("bolt", 0, 5)])
+    assert {row.state for row in desk.of("apple")} == {RowState.SETTLED}
+    assert {row.state for row in desk.of("bolt")} == {RowState.CLUSTERED}
+    assert desk.curator.next_job() is None
+
+
+@pytest.mark.parametrize("decision", ["drift", "confused"])
+def test_rows_that_a_neighbour_may_have_join_it(decision: str) -> None:
+    """They are the neighbour's new rows; nothing was trained."""
+    desk = Desk()
+    neighbour = desk.grow_expert("apple")
+    desk.gather(texts("bolt", 0, RULES.rows_to_seed))
+    changes = desk.end(desk.start(), decision, **{"with": neighbour})
+    assert told(changes, EventType.CLUSTER_MERGED)[0].data["into"] == neighbour
+    assert {(row.state, row.expert_id, row.is_trained) for row in desk.of("bolt")} == {
+        (RowState.ASSIGNED, neighbour, False)
+    }
+
+
+def test_a_neighbour_that_is_not_served_takes_nothing() -> None:
+    """The cluster backs off as after any rejection."""
+    desk = Desk()
+    desk.gather(texts("bolt", 0, RULES.rows_to_seed))
+    desk.end(desk.start(), "drift", **{"with": "e-gone"})
+    assert (desk.clusters[0].state, desk.clusters[0].rejections) == (ClusterState.OPEN, 1)
+
+
+def test_a_failed_job_backs_off_like_a_rejected_one() -> None:
+    """`training.failed` carries the error; the cluster asks for more rows."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    changes = desk.commit(desk.curator.failed(desk.start(), "out of memory"))
+    assert told(changes, EventType.TRAINING_FAILED)[0].data["error"] == "out of memory"
+    assert desk.clusters[0].rows_wanted > RULES.rows_to_seed
+    assert desk.curator.next_job() is None
+    assert desk.ledger.load().jobs == ()
+
+
+def test_a_failed_sketch_job_does_not_start_again_at_once() -> None:
+    """A child that cannot do it is left alone for a while, longer after each failure; then it is asked again."""
+    desk = Desk()
+    desk.take(texts("apple", 0, RULES.sketch_rows))
+    for factor in (1, 2, 4):
+        desk.commit(desk.curator.failed(desk.start(), "no model"))
+        desk.clock.advance(factor * RULES.sketch_after_s - 0.1)
+        assert desk.curator.next_job() is None
+        desk.clock.advance(0.2)
+    assert desk.start().kind is JobKind.SKETCH
+
+
+def known(desk: Desk, expert: str, begin: int, count: int, *, is_right: bool = True) -> None:
+    """Teaching records that the expert answered."""
+    for text in texts("apple", begin, begin + count):
+        answer = text.upper() if is_right else "wrong"
+        desk.take([text], expert=expert, version=1, answer=answer, reason=SampleReason.TEACHING)
+
+
+def test_an_expert_is_consolidated_once_it_has_enough_new_rows() -> None:
+    """Its old rows are among the job's; the new version keeps id and maturity, and is announced as promoted."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, RULES.rows_to_consolidate - 1)
+    assert desk.curator.next_job() is None
+    known(desk, expert, 200, 1)
+    job = desk.start()
+    assert (job.kind, job.expert_id, job.version) == (JobKind.CONSOLIDATE, expert, 2)
+    assert len(job.positions) == RULES.rows_to_seed + RULES.rows_to_consolidate
+    changes = desk.promote(job)
+    assert EventType.EXPERT_PROMOTED in changes.events
+    version = desk.curator.registry.expert(expert)
+    assert version is not None
+    assert (version.version, version.parent) == (2, 1)
+    assert desk.curator.next_job() is None
+
+
+def test_a_buffer_that_is_filling_comes_before_consolidation() -> None:
+    """What nobody knows yet is first; a buffer that gets no more rows does not hold things up."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    desk.gather(texts("bolt", 0, RULES.rows_to_seed // 4 + 1))
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    assert desk.curator.next_job() is None
+    desk.clock.advance(RULES.filling_s + 1)
+    assert desk.start().kind is JobKind.CONSOLIDATE
+
+
+def test_an_attempt_in_vain_doubles_the_rows_to_the_next() -> None:
+    """Rejected or failed, consolidation waits for twice as many new rows; a success starts the count anew."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    desk.end(desk.start(), "rejected")
+    known(desk, expert, 200, RULES.rows_to_consolidate - 1)
+    assert desk.curator.next_job() is None
+    known(desk, expert, 300, 1)
+    desk.promote(desk.start())
+    known(desk, expert, 400, RULES.rows_to_consolidate)
+    assert desk.start().kind is JobKind.CONSOLIDATE
+
+
+def test_an_expert_matures_by_its_record() -> None:
+    """Enough rows, enough of them right: `expert.matured`, `routing.changed`, and a registry that says so."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, RULES.rows_to_mature - 1)
+    assert desk.curator.registry.experts[0].maturity is Maturity.NASCENT
+    text = "apple 999"
+    changes = desk.take(
+        [text], expert=expert, version=1, answer=text.upper(), reason=SampleReason.TEACHING
+    )
+    assert changes.events == [EventType.EXPERT_MATURED, EventType.ROUTING_CHANGED]
+    assert told(changes, EventType.ROUTING_CHANGED)[0].data["to"] == "sparse"
+    assert desk.ledger.load().registry.experts[0].maturity is Maturity.MATURE
+    assert not desk.take(texts("apple", 700, 701), expert=expert, version=1).events
+
+
+def test_an_expert_that_answers_wrongly_stays_nascent() -> None:
+    """Rows alone do not make it mature."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, 3 * RULES.rows_to_mature, is_right=False)
+    assert desk.curator.registry.experts[0].maturity is Maturity.NASCENT
+
+
+def test_an_answer_to_a_new_kind_does_not_count_against_the_expert_that_gave_it() -> None:
+    """Somebody had to answer it; wrong answers to novel records leave the track record as it is."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    desk.take(texts("cloud", 0, 5 * RULES.rows_to_mature), expert=expert, version=1)
+    known(desk, expert, 100, RULES.rows_to_mature)
+    assert desk.curator.registry.experts[0].maturity is Maturity.MATURE
+
+
+def test_a_late_answer_labels_its_row() -> None:
+    """By position or by id of the request; a row that waited for its label may then be gathered."""
+    desk = Desk()
+    desk.take(texts("apple", 0, 2), output=None)
+    assert {row.state for row in desk.rows} == {RowState.UNLABELLED}
+    position = Position(REQUESTS, 0, 0)
+    desk.hear(
+        Feedback(position=position, id=None, output="ONE"), Feedback(position=None, id="id-1", output="TWO")
+    )
+    assert [(row.state, row.output) for row in desk.rows] == [
+        (RowState.WAITING, "ONE"),
+        (RowState.WAITING, "TWO"),
+    ]
+
+
+def test_a_late_answer_without_its_row_is_an_event() -> None:
+    """So is one that comes under another tenant's name."""
+    desk = Desk()
+    desk.take(["apple 0"], output=None)
+    nowhere = desk.hear(Feedback(position=None, id="unheard of", output="x"))
+    foreign = desk.hear(Feedback(position=None, id="id-0", output="x", tenant="other"))
+    assert nowhere.events == foreign.events == [EventType.FEEDBACK_UNMATCHED]
+    assert desk.rows[0].output is None
+
+
+def test_tenants_never_mix() -> None:
+    """Equal rows of two tenants gather apart, and one's expert takes nothing of the other's."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, 20), tenant="a")
+    desk.gather(texts("apple", 0, 20), tenant="b")
+    assert len({row.cluster_id for row in desk.rows if row.tenant == "a"}) == 1
+    assert {cluster.tenant for cluster in desk.clusters} == {"a", "b"}
+    assert desk.curator.next_job() is None
+    expert = desk.grow_expert("apple", begin=20, tenant="a")
+    assert {row.tenant for row in desk.rows if row.expert_id == expert} == {"a"}
+    assert {row.state for row in desk.rows if row.tenant == "b"} == {RowState.CLUSTERED}
+    desk.take(texts("apple", 300, 305), tenant="b")
+    assert {row.state for row in desk.rows if row.tenant == "b"} == {RowState.CLUSTERED, RowState.WAITING}
+
+
+def test_rows_that_reclustering_moves_take_their_new_clusters_state() -> None:
+    """A row is settled where its cluster is closed, and gathered where it is open."""
+    desk = Desk()
+    for kind in KINDS:
+        desk.gather(texts(kind, 0, RULES.rows_to_seed))
+        desk.end(desk.start(), "known_to_backbone")
+    desk.gather([f"{kind} {number}" for number in range(200, 220) for kind in KINDS])
+    closed = {cluster.cluster_id for cluster in desk.clusters if cluster.state is ClusterState.KNOWN}
+    for row in desk.rows:
+        assert (row.state is RowState.SETTLED) == (row.cluster_id in closed)
+
+
+def test_a_curator_from_the_ledger_decides_like_the_one_that_stopped() -> None:
+    """After a restart the same rows meet the same experts, clusters, track records and next job."""
+    desks = (Desk(), Desk())
+    for desk in desks:
+        expert = desk.grow_expert("apple")
+        known(desk, expert, 100, RULES.rows_to_mature - 2)
+        desk.gather([*texts("bolt", 0, 20), *texts("cloud", 0, 12)])
+        desk.take(texts("bolt", 20, 24))
+    desks[1].reopen()
+    for desk in desks:
+        known(desk, desk.curator.registry.experts[0].expert_id, 300, 2)
+        desk.gather([*texts("bolt", 24, RULES.rows_to_seed), *texts("apple", 400, 410)])
+        desk.start()
+    first, second = ([_told(row) for row in desk.rows] for desk in desks)
+    assert first == second
+    assert desks[0].clusters == desks[1].clusters
+    assert desks[0].ledger.load().jobs == desks[1].ledger.load().jobs != ()
+    assert desks[0].curator.registry == desks[1].curator.registry
+    assert desks[0].curator.registry.experts[0].maturity is Maturity.MATURE
+
+
+def _told(row: object) -> tuple[object, ...]:
+    names = ("position", "input", "state", "cluster_id", "expert_id", "is_trained")
+    return tuple(getattr(row, name) for name in names)
+
+
+def test_the_oldest_waiting_row_tells_the_buffers_age() -> None:
+    """Zero without one; rows that an expert has do not wait."""
+    desk = Desk()
+    assert desk.curator.buffer_age_s() == 0
+    desk.take(["apple 0"])
+    desk.clock.advance(30)
+    desk.take(["apple 1"])
+    assert desk.curator.buffer_age_s() == 30
