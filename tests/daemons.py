@@ -166,21 +166,28 @@ def read_events(settings: Settings) -> list[Event]:
     return [codec.decode_event(record) for record in _read(settings, Topic.EVENTS)]
 
 
-def wait_for(traffic: bootstrap.Traffic, positions: Sequence[str], patience_s: float = PATIENCE_S) -> bootstrap.Heard:
-    """Listen until each of these positions has a result or a dead letter; all that was heard."""
-    heard, missing = bootstrap.Heard(), set(positions)
+def listen(
+    traffic: bootstrap.Traffic,
+    heard: bootstrap.Heard,
+    is_enough: Callable[[bootstrap.Heard], object],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Add what comes back to `heard` until it is enough."""
 
-    def listen() -> bool:
+    def listen_once() -> bool:
         more = traffic.poll(0.5)
         heard.results.extend(more.results)
         heard.events.extend(more.events)
         heard.registries.extend(more.registries)
         heard.dead_letters.extend(more.dead_letters)
-        missing.difference_update([result.position for result in more.results], more.dead_letters)
-        return not missing
+        return bool(is_enough(heard))
 
-    until(listen, patience_s)
-    return heard
+    until(listen_once, patience_s)
+
+
+def has_fate(heard: bootstrap.Heard, positions: Sequence[str]) -> bool:
+    """Whether each of these positions has a result or a dead letter."""
+    return set(positions) <= {*heard.dead_letters, *(result.position for result in heard.results)}
 
 
 def _read(settings: Settings, topic: Topic) -> list[Any]:

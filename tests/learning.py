@@ -1,6 +1,6 @@
 """A curator to play with: rows of kinds that lie far apart, a clock, a ledger, and no model.
 
-A row's text says its kind; features and sketch are a fixed function of the text, so that a job's script can make them too.
+A row's text says its kind; features and sketch are a fixed function of the text, so that a job's script can make them.
 """
 
 import zlib
@@ -41,7 +41,9 @@ CODEC = WireCodec(source="/test")
 NOVELTY = NoveltyConfig()
 CLUSTERING = ClusteringConfig(join_similarity=0.5, reference_rows=100_000)
 REFERENCE = Reference(
-    input_mean=np.zeros(16, np.float32), input_std=np.ones(16, np.float32), sketch_mean=np.zeros(8, np.float32)
+    input_mean=np.zeros(16, np.float32),
+    input_std=np.ones(16, np.float32),
+    sketch_mean=np.zeros(8, np.float32),
 )
 RULES = LifecycleConfig(
     rows_to_seed=30,
@@ -72,7 +74,7 @@ def sketch_of(text: str) -> np.ndarray:
 def _around(text: str, dimensions: int, distance: float) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(text.encode()))
     vector = 0.3 * rng.standard_normal(dimensions)
-    vector[KINDS.index(text.split()[0])] += distance
+    vector[KINDS.index(text.split(maxsplit=1)[0])] += distance
     return vector.astype(np.float32)
 
 
@@ -102,11 +104,9 @@ def sample(text: str, offset: int, **changes: Any) -> Sample:
 def told(changes: Changes, kind: EventType) -> list[Event]:
     """The events of one kind among the messages, read back from their bytes."""
     found = [message for message in changes.messages if message.topic is Topic.EVENTS]
-    events = [
-        codec.decode_event(RawRecord(position=Position("e", 0, 0), key=m.key, value=m.value, headers=m.headers))
-        for m in found
-    ]
-    return [event for event in events if event.type == kind]
+    nowhere = Position("events", 0, 0)
+    records = [RawRecord(position=nowhere, key=m.key, value=m.value, headers=m.headers) for m in found]
+    return [event for event in map(codec.decode_event, records) if event.type == kind]
 
 
 class Desk:

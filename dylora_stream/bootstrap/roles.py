@@ -173,8 +173,8 @@ def supervise(settings: Settings) -> int:
     reach it at the beginning would be started again for ever.
     """
     configure_logs(settings.log, "supervisor")
-    wait_for_broker(kafka_of(settings, "supervisor"))
     fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
+    wait_for_broker(kafka_of(settings, "supervisor"))
     base = (sys.executable, "-m", "dylora_stream", "run", "--supervised")
     roles = [
         Role(name=name, command=(*base, "--role", name, *settings.arguments)) for name in ("serve", "learn")

@@ -24,8 +24,8 @@ class Pace:
     """How fast and how much."""
 
     window: int = 24  # most records on their way at once
-    burst: int = 12  # records of one send
-    trickle_per_s: float = 0.7  # while an expert is in training
+    burst: int = 8  # records of one send; decoding eight takes hardly longer than decoding one
+    trickle_per_s: float = 0.8  # records while an expert is in training, still in bursts
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
     phase_records: int = 320  # of the new task; then the next one comes, expert or not
     after_records: int = 60  # a task, after its expert was live, before the stream may end
@@ -62,6 +62,7 @@ class Player:
         self._next = {task.name: 0 for task in tasks}
         self._last_trickle_s = clock.monotonic_s()
         self._killed: set[str] = set()
+        self._is_last = False
         self._started_s = clock.monotonic_s()
 
     def play(self, tell: Callable[[str], None]) -> None:
@@ -70,6 +71,7 @@ class Player:
             tell(f"phase {number + 1}: a new kind of record arrives ({task.name})")
             self._phase(task, self._tasks[:number])
         tell("last phase: all kinds, mixed")
+        self._is_last = True
         while not self._is_enough() and (left := [task for task in self._tasks if self._left(task)]):
             self._send_when_room(lambda left=left: self._rng.choice(left))  # type: ignore[misc]
         tell("the stream has ended; waiting for the last answers")
@@ -99,11 +101,11 @@ class Player:
         )
 
     def _send_when_room(self, pick: Callable[[], Task]) -> None:
-        """One burst, or a trickle in training, or nothing while too much is on its way; then listen."""
+        """One burst, a rarer one in training, or nothing while too much is on its way; then listen."""
         count = min(self._pace.burst, self._pace.window - self._journal.outstanding)
-        if self._journal.is_training:
+        if self._journal.is_training and (not self._is_last or self._has_records_enough()):
             due = (self._clock.monotonic_s() - self._last_trickle_s) * self._pace.trickle_per_s
-            count = min(count, int(due))
+            count = count if due >= self._pace.burst else 0
         if count > 0:
             self._last_trickle_s = self._clock.monotonic_s()
             self._traffic.send([self._take(pick()) for _ in range(count)])
@@ -117,7 +119,7 @@ class Player:
         return (task.name, *task.rows[place])
 
     def _left(self, task: Task) -> int:
-        return len(task.rows) - self._next[task.name]
+        return max(len(task.rows) - self._next[task.name], 0)
 
     def _kill_when_due(self, role: str, at: int | None) -> None:
         if at is not None and role not in self._killed and len(self._journal.sent) >= at:
@@ -131,11 +133,14 @@ class Player:
         """Each task has its records after its expert, one expert was consolidated, one has matured."""
         events = self._journal.events
         lived = events["expert.promoted"] > 0 and events["expert.matured"] > 0
+        return self._is_late() or (lived and self._has_records_enough())
+
+    def _has_records_enough(self) -> bool:
         newest = max(self._journal.live_at.values(), default=0)
         after = {task.name: 0 for task in self._tasks}
         for record in self._journal.sent.values():
             after[record.task] += record.order >= newest
-        return self._is_late() or (lived and min(after.values()) >= self._pace.after_records)
+        return min(after.values()) >= self._pace.after_records
 
     def _settle(self) -> None:
         """Until the last answer, or until nothing has come for a while."""

@@ -22,6 +22,7 @@ from dylora_stream.demo.player import Pace, Player
 from dylora_stream.demo.report import SkillReport, judged, skill_reports, skills_table, totals_table
 from dylora_stream.demo.skills import load_skills
 from dylora_stream.demo.view import View
+from dylora_stream.logs import LogConfig, configure_logs
 from dylora_stream.settings import Settings, load_settings
 
 __all__ = ["DemoConfig", "demo", "read_tasks"]
@@ -61,6 +62,7 @@ def read_tasks(folder: Path, rows: int | None) -> list[Task]:
 def demo(config: DemoConfig, console: Console) -> int:
     """Play it; the exit code: 0 when every record was answered once."""
     started_s = time.monotonic()
+    configure_logs(LogConfig(level="error", libraries="error"), "demo")
     if config.data is None:
         tasks = [Task(name=skill.name, rows=skill.rows[: config.rows]) for skill in load_skills()]
     else:

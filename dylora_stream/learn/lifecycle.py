@@ -14,8 +14,8 @@ MOST_DOUBLINGS = 8  # of a back-off: from 4 s to 17 minutes
 class LifecycleConfig:
     """The numbers of an expert's life. Rows are distinct and labelled wherever they are counted."""
 
-    rows_to_seed: int = 80  # a cluster's buffer is ready; a fifth of them is held out for the check
-    max_seed_rows: int = 96  # newest ones, when more have gathered
+    rows_to_seed: int = 64  # a cluster's buffer is ready; a fifth of them is held out for the check
+    max_seed_rows: int = 80  # newest ones, when more have gathered
     sketch_rows: int = 16  # novel rows that make a sketch job worth its child
     sketch_after_s: float = 4.0  # ... or the oldest has waited this long
     filling_s: float = 60.0  # a buffer with a quarter of its rows that got one this recently comes first

@@ -2,7 +2,8 @@
 
 Each role runs in a session of its own, so that Ctrl-C reaches it once, through here. It holds the read end of a pipe
 and ends when that closes, so it cannot outlive this process, however this process ends. A role that falls is started
-again with back-off while the other goes on; a wrong setting ends all, because a restart would not mend it.
+again with back-off while the other goes on; a wrong setting or a model that does not load ends all, because a restart
+would not mend it.
 
 The end: 1 SIGTERM to both · 2 wait for the deadline · 3 SIGKILL to what is left. A second signal skips the waiting.
 """
@@ -21,7 +22,7 @@ __all__ = ["Role", "Supervisor"]
 
 log = structlog.get_logger(__name__)
 
-WRONG_SETTING = 2  # exit code of a process that a restart would not mend
+HOPELESS = (2, 5)  # exit codes of what a restart would not mend: a wrong setting, a model that does not load
 POLL_S = 0.1
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -92,7 +93,7 @@ class Supervisor:
         code = running.process.poll()
         if code is None:
             return
-        if code in (0, WRONG_SETTING):
+        if code in (0, *HOPELESS):
             self._exit_code = code
             return
         running.falls = 1 if now_s - running.started_s > STEADY_S else running.falls + 1

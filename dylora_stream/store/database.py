@@ -39,6 +39,12 @@ from dylora_stream.core.ports import Partition
 __all__ = ["DatabaseConfig", "DuckLedger"]
 
 SCHEMA_VERSION = 1
+BROKEN = (
+    duckdb.IOException,
+    duckdb.SerializationException,
+    duckdb.InternalException,
+    duckdb.FatalException,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +74,7 @@ def database_errors(path: Path) -> Iterator[None]:
             raise DiskFull(
                 f"no room left to write {path}; free some space and start again, nothing was lost"
             ) from error
-        if isinstance(
-            error,
-            duckdb.IOException
-            | duckdb.SerializationException
-            | duckdb.InternalException
-            | duckdb.FatalException,
-        ):
+        if isinstance(error, BROKEN) or "replaying WAL" in text:  # which comes as a plain duckdb.Error
             raise DatabaseBroken(
                 f"{path} cannot be read: {text}. Move it and {path.name}.wal aside (do not delete them) and start "
                 "again: the samples topic rebuilds the rows"

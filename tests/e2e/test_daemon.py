@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +15,12 @@ from daemons import (
     command,
     count_fates,
     embedded_settings,
+    has_fate,
+    listen,
     read_dead_letters,
     read_events,
     settings_of,
     until,
-    wait_for,
 )
 from kafka import KafkaAdminClient
 from models import tiny_llama
@@ -28,7 +28,7 @@ from models import tiny_llama
 from dylora_stream import bootstrap
 from dylora_stream.core.messages import Topic
 from dylora_stream.settings import Settings
-from dylora_stream.stream.broker import free_port, glibc_problem
+from dylora_stream.stream.broker import EmbeddedBroker, free_port, glibc_problem
 from dylora_stream.stream.kafka import client_options
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -99,14 +99,19 @@ def requests(count: int, name: str, *, labelled: bool = False) -> list[dict[str,
 
 
 def kill_in_mid_stream(daemon: Daemon, role: str, name: str, *, labelled: bool = False) -> None:
-    """SIGKILL to a role while records are being answered, and to the end of the stream: each record has one fate."""
+    """SIGKILL to a role while records are being answered; at the end of the stream each record has one fate."""
     with bootstrap.Traffic(daemon.settings) as traffic:
-        first = traffic.send(requests(100, name, labelled=labelled))
-        wait_for(traffic, first[:10])
+        first = traffic.send(requests(200, name, labelled=labelled))
+        heard = bootstrap.Heard()
+        listen(traffic, heard, lambda heard: has_fate(heard, first[:10]))
         before = daemon.pid(role)
         daemon.kill(role)
+        if role == "serve":
+            assert set(first) - count_fates(daemon.settings).keys(), (
+                "it had answered all before it was killed"
+            )
         positions = first + traffic.send(requests(60, f"{name} later", labelled=labelled))
-        wait_for(traffic, positions, 120)
+        listen(traffic, heard, lambda heard: has_fate(heard, positions), 120)
         until(lambda: daemon.pid(role) != before)
         daemon.wait_until_ready()
     fates = count_fates(daemon.settings)
@@ -130,7 +135,7 @@ def ends_by(number: signal.Signals, settings: Settings) -> Daemon:
         daemon.wait_until_ready()
         with bootstrap.Traffic(settings) as traffic:
             positions = traffic.send(requests(80, "last"))
-            wait_for(traffic, positions[:5])
+            listen(traffic, bootstrap.Heard(), lambda heard: has_fate(heard, positions[:5]))
         daemon.process.send_signal(number)
         daemon.process.wait(60)
     return daemon
@@ -147,13 +152,15 @@ def test_each_bad_record_is_one_dead_letter_and_its_neighbours_are_answered(daem
             (position,) = traffic.send_raw([record])
             reasons[position] = reason
         good += traffic.send([{"input": "after all"}])
-        wait_for(traffic, [*good, *reasons])
+        listen(traffic, bootstrap.Heard(), lambda heard: has_fate(heard, [*good, *reasons]))
     letters = {str(letter.record.position): letter for letter in read_dead_letters(daemon.settings)}
     assert {position: letters[position].reason for position in reasons} == reasons
     fates = count_fates(daemon.settings)
     assert {fates[position] for position in [*good, *reasons]} == {1}
     assert not set(good) & letters.keys()
-    originals = {position: record[1] or b"" for position, (record, _) in zip(reasons, bad.values(), strict=True)}
+    originals = {
+        position: record[1] or b"" for position, (record, _) in zip(reasons, bad.values(), strict=True)
+    }
     for position, original in originals.items():
         assert original.startswith(letters[position].record.value or b"")
 
@@ -247,29 +254,30 @@ def test_without_a_broker_it_retries_as_long_as_configured_and_ends_with_code_3(
     assert "dylora-stream broker" in done.stderr
 
 
+@needs_embedded
 def test_a_broker_that_comes_late_is_waited_for(model: Path, tmp_path: Path) -> None:
-    """The roles start once it listens."""
+    """The roles start once it answers."""
     port = free_port()
     settings = settings_of(f"127.0.0.1:{port}", tmp_path, model, *TINY, "kafka.connect_timeout_s=60")
     with Daemon(settings) as daemon:
         until(lambda: "broker_unreachable" in daemon.log.read_text())
-        with socket.create_server(("127.0.0.1", port)):
-            until(lambda: "role_started" in daemon.log.read_text())
-            daemon.process.kill()
-            daemon.process.wait()
+        with EmbeddedBroker(tmp_path / "data" / "broker", port):
+            daemon.wait_until_ready()
+            daemon.process.send_signal(signal.SIGTERM)
+            assert daemon.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("holds", [{"notes.txt": "mine"}, {"config.json": "no", "model.safetensors": "no"}])
-def test_a_model_folder_that_is_none_ends_with_code_5(holds: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_folder_that_is_none_ends_with_code_5(
+    holds: dict[str, str], running: Daemon, tmp_path: Path
+) -> None:
     """Other files, or files that do not load: which folder, and what to do. Nothing is written into it."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name, text in holds.items():
         (folder / name).write_text(text)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        servers = f"127.0.0.1:{nobody.getsockname()[1]}"
-        settings = settings_of(servers, tmp_path, folder, *TINY)
-        done = command("run", "--role", "serve", *settings.arguments, folder=tmp_path)
+    settings = settings_of(running.settings.kafka.bootstrap_servers, tmp_path, folder, *TINY)
+    done = command("run", *settings.arguments, folder=tmp_path)
     assert done.returncode == 5, done.stderr
     assert str(folder) in done.stderr
     assert "model.folder" in done.stderr

@@ -1,7 +1,7 @@
 """The curator's decisions on rows of three kinds that lie far apart."""
 
 import pytest
-from learning import KINDS, REQUESTS, RULES, Desk, sample, texts, told
+from learning import REQUESTS, RULES, Desk, sample, texts, told
 
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Maturity
@@ -53,9 +53,10 @@ def test_a_full_buffer_seeds_an_expert_from_its_distinct_rows() -> None:
     job = desk.start()
     rows = {row.position: row for row in desk.rows}
     chosen = [rows[position] for position in job.positions]
+    ordered = sorted(chosen, key=lambda row: (row.time_ms, row.position))
     assert job.kind is JobKind.SEED
     assert sorted(row.input for row in chosen) == sorted(texts("apple", 0, RULES.rows_to_seed))
-    assert chosen == sorted(chosen, key=lambda row: (row.time_ms, row.position))
+    assert [row.position for row in ordered] == list(job.positions)
 
 
 def test_a_job_is_announced_with_its_buffer() -> None:
@@ -102,14 +103,16 @@ def test_rows_that_waited_for_the_expert_become_its_own() -> None:
 
 
 def test_a_rejected_cluster_backs_off_and_ends_unlearnable() -> None:
-    """Each rejection asks for more rows; the last one settles them, and their like is not gathered again."""
+    """Each rejection asks for more rows, more than a job takes even; the last one settles them and their like."""
     desk = Desk()
     sent = 0
     for attempt in range(1, RULES.max_rejections + 1):
         wanted = desk.clusters[0].rows_wanted if desk.clusters else RULES.rows_to_seed
         desk.gather(texts("apple", sent, wanted))
         sent = wanted
-        changes = desk.end(desk.start(), "rejected", reason="no gain")
+        job = desk.start()
+        assert len(job.positions) == min(wanted, RULES.max_seed_rows)
+        changes = desk.end(job, "rejected", reason="no gain")
         assert EventType.EXPERT_REJECTED in changes.events
         assert desk.clusters[0].rejections == attempt
         assert desk.curator.next_job() is None
@@ -233,9 +236,7 @@ def test_an_expert_matures_by_its_record() -> None:
     known(desk, expert, 100, RULES.rows_to_mature - 1)
     assert desk.curator.registry.experts[0].maturity is Maturity.NASCENT
     text = "apple 999"
-    changes = desk.take(
-        [text], expert=expert, version=1, answer=text.upper(), reason=SampleReason.TEACHING
-    )
+    changes = desk.take([text], expert=expert, version=1, answer=text.upper(), reason=SampleReason.TEACHING)
     assert changes.events == [EventType.EXPERT_MATURED, EventType.ROUTING_CHANGED]
     assert told(changes, EventType.ROUTING_CHANGED)[0].data["to"] == "sparse"
     assert desk.ledger.load().registry.experts[0].maturity is Maturity.MATURE
@@ -300,15 +301,17 @@ def test_tenants_never_mix() -> None:
 
 
 def test_rows_that_reclustering_moves_take_their_new_clusters_state() -> None:
-    """A row is settled where its cluster is closed, and gathered where it is open."""
+    """Rows that came during a training founded another cluster; once the first is closed, they settle with it."""
     desk = Desk()
-    for kind in KINDS:
-        desk.gather(texts(kind, 0, RULES.rows_to_seed))
-        desk.end(desk.start(), "known_to_backbone")
-    desk.gather([f"{kind} {number}" for number in range(200, 220) for kind in KINDS])
-    closed = {cluster.cluster_id for cluster in desk.clusters if cluster.state is ClusterState.KNOWN}
-    for row in desk.rows:
-        assert (row.state is RowState.SETTLED) == (row.cluster_id in closed)
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    job = desk.start()
+    desk.gather(texts("apple", 100, 112))
+    assert [cluster.state for cluster in desk.clusters] == [ClusterState.TRAINING, ClusterState.OPEN]
+    desk.end(job, "known_to_backbone")
+    desk.gather(texts("bolt", 0, 3))
+    assert len({row.cluster_id for row in desk.of("apple")}) == 1
+    assert {row.state for row in desk.of("apple")} == {RowState.SETTLED}
+    assert {row.state for row in desk.of("bolt")} == {RowState.CLUSTERED}
 
 
 def test_a_curator_from_the_ledger_decides_like_the_one_that_stopped() -> None:

@@ -1,0 +1,101 @@
+"""One contract for the expert store, over folders and over the in-memory double; then what only files can suffer."""
+
+from pathlib import Path
+
+import pytest
+
+from dylora_stream.core.errors import ExpertCorrupt
+from dylora_stream.core.experts import StoredFolder
+from dylora_stream.core.ports import ExpertStore
+from dylora_stream.store.experts import FolderStore, folder_digest
+from dylora_stream.testing import MemoryExpertStore
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ExpertStore:
+    """Both implementations, empty."""
+    return folder_store(tmp_path) if request.param == "folder" else MemoryExpertStore()
+
+
+def folder_store(root: Path) -> FolderStore:
+    """A store on this disk, without memory of what it verified."""
+    return FolderStore(str(root / "store"), root / "cache")
+
+
+def expert(folder: Path, **texts: str) -> Path:
+    """A folder with these files, one of them a level down."""
+    (folder / "deep").mkdir(parents=True)
+    for name, text in {"adapter": "weights", "deep/report": "numbers", **texts}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_stored_folder_is_read_back_whole(store: ExpertStore, tmp_path: Path) -> None:
+    """Names and bytes, folders within it too."""
+    opened = store.open(store.put(expert(tmp_path / "one")))
+    assert (opened / "adapter").read_text() == "weights"
+    assert (opened / "deep" / "report").read_text() == "numbers"
+    assert folder_digest(opened) == folder_digest(tmp_path / "one")
+
+
+def test_the_same_content_twice_is_one_entry(store: ExpertStore, tmp_path: Path) -> None:
+    """Whatever its folder is called; other content or another name is another entry."""
+    first = store.put(expert(tmp_path / "one"))
+    assert store.put(expert(tmp_path / "two")) == first
+    assert store.open(first) == store.open(store.put(tmp_path / "two"))
+    other = store.put(expert(tmp_path / "three", adapter="other weights"))
+    renamed = store.put(expert(tmp_path / "four", more=""))
+    assert len({first.sha256, other.sha256, renamed.sha256}) == 3
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "/etc", "ab/../../outside", "", "ab", f"ab/{'0' * 64}/..", f"../ab/{'0' * 64}"]
+)
+def test_a_path_that_points_elsewhere_is_refused(store: ExpertStore, path: str) -> None:
+    """Paths come out of messages; only the one form that the store writes is followed."""
+    with pytest.raises(ExpertCorrupt):
+        store.open(StoredFolder(path=path, sha256="0" * 64))
+
+
+def test_a_path_and_a_digest_that_differ_are_refused(tmp_path: Path) -> None:
+    """A message cannot name one folder and vouch for it with another's digest."""
+    store = folder_store(tmp_path)
+    first, second = store.put(expert(tmp_path / "one")), store.put(expert(tmp_path / "two", adapter="x"))
+    store.open(second)
+    with pytest.raises(ExpertCorrupt):
+        store.open(StoredFolder(path=first.path, sha256=second.sha256))
+
+
+@pytest.mark.parametrize("damage", ["changed", "added", "missing", "gone"])
+def test_a_damaged_folder_is_reported_with_what_to_do(tmp_path: Path, damage: str) -> None:
+    """A byte changed, a file more or less, or the whole folder gone: restore it, or retire the expert."""
+    stored = folder_store(tmp_path).put(expert(tmp_path / "one"))
+    folder = tmp_path / "store" / stored.path
+    match damage:
+        case "changed":
+            (folder / "adapter").write_text("weightz")
+        case "added":
+            (folder / "extra").write_text("")
+        case "missing":
+            (folder / "deep" / "report").unlink()
+        case "gone":
+            folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ExpertCorrupt, match="retire the expert"):
+        folder_store(tmp_path).open(stored)
+
+
+def test_nothing_half_written_is_left_where_readers_look(tmp_path: Path) -> None:
+    """After a put there is one entry under its digest, and nothing left aside."""
+    stored = folder_store(tmp_path).put(expert(tmp_path / "one"))
+    root = tmp_path / "store"
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    assert found == [f"{stored.path}/adapter", f"{stored.path}/deep/report"]
+
+
+def test_a_remote_folder_is_fetched_through_the_cache(tmp_path: Path) -> None:
+    """Any fsspec URL: read once, verified, and read from the cache afterwards."""
+    url = "memory://experts-of-this-test"
+    stored = FolderStore(url, tmp_path / "unused").put(expert(tmp_path / "one"))
+    opened = FolderStore(url, tmp_path / "cache").open(stored)
+    assert opened.is_relative_to(tmp_path / "cache")
+    assert folder_digest(opened) == stored.sha256

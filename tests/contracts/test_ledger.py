@@ -1,0 +1,342 @@
+"""One contract for learn's memory, over DuckDB and over the in-memory double; then what only a file can do."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from learning import CODEC
+
+from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
+from dylora_stream.core.ledger import (
+    Changes,
+    ClusterRecord,
+    ClusterState,
+    JobKind,
+    JobRecord,
+    JobState,
+    Ledger,
+    LedgerRow,
+    RowState,
+)
+from dylora_stream.core.messages import OutboundMessage, Topic
+from dylora_stream.store.database import DuckLedger
+from dylora_stream.testing import MemoryLedger
+
+Reload = Callable[[Ledger], Ledger]
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from dylora_stream.core.ledger import Changes
+from dylora_stream.core.messages import OutboundMessage, Topic
+from dylora_stream.store.database import DuckLedger
+ledger = DuckLedger(Path(sys.argv[1]))
+message = OutboundMessage(topic=Topic.EVENTS, key=b"k", value=b"v")
+ledger.commit(Changes(messages=[message] * 3, positions={("samples", 0): 7}))
+ledger.published(int(sys.argv[2]))
+print("committed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=["duck", "memory"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
+    """Both implementations, empty."""
+    return DuckLedger(tmp_path / "learn.duckdb") if request.param == "duck" else MemoryLedger()
+
+
+def reloaded(ledger: Ledger) -> Ledger:
+    """The same memory after a restart: the file opened anew; the double has nothing to reopen."""
+    if isinstance(ledger, DuckLedger):
+        ledger.close()
+        return DuckLedger(ledger.path)
+    return ledger
+
+
+def row(number: int, **changes: object) -> LedgerRow:
+    """A row with something in every field."""
+    plain = LedgerRow(
+        position=f"requests:0:{number}",
+        request_id=f"id-{number}",
+        tenant="default",
+        input=f"input {number} é",
+        output="right",
+        choices=("right", "wrong"),
+        reason="novel",
+        time_ms=1_700_000_000_000 + number,
+        is_correct=False,
+        served_by="e-1",
+        served_version=2,
+        state=RowState.WAITING,
+        features=np.linspace(-1, number, 5, dtype=np.float32),
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def version(number: int, job: str) -> ExpertVersion:
+    """A version of one expert."""
+    return ExpertVersion(
+        expert_id="e-1",
+        skill_id="s-1",
+        version=number,
+        parent=number - 1 or None,
+        storage=StoredFolder(path=f"ab/{number}", sha256=f"{number}" * 4),
+        maturity=Maturity.NASCENT,
+        lora_config={"r": 8, "target_modules": ["q", "v"]},
+        trained_on={"job": job, "rows": 3},
+        metrics={"loss_new": 0.25},
+        prompt_template="{input}",
+    )
+
+
+def job(job_id: str, *numbers: int, state: JobState = JobState.RUNNING) -> JobRecord:
+    """A job with these rows, in this order."""
+    return JobRecord(
+        job_id=job_id,
+        kind=JobKind.SEED,
+        tenant="default",
+        created_ms=5,
+        positions=tuple(f"requests:0:{number}" for number in numbers),
+        state=state,
+        cluster_id="c-1",
+        expert_id="e-1",
+        version=1,
+        report={"decision": "promoted", "heldout": {"rows": 3}},
+    )
+
+
+def messages(*values: bytes) -> list[OutboundMessage]:
+    """Messages to the events topic."""
+    return [OutboundMessage(topic=Topic.EVENTS, key=b"k", value=value) for value in values]
+
+
+def assert_same_rows(found: list[LedgerRow], wanted: list[LedgerRow]) -> None:
+    """Field by field, arrays by type and value."""
+    assert [each.position for each in found] == [each.position for each in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        for name in (field.name for field in fields(LedgerRow)):
+            left, right = getattr(one, name), getattr(other, name)
+            if isinstance(right, np.ndarray):
+                assert left.dtype == np.float32
+                np.testing.assert_array_equal(left, right)
+            else:
+                assert left == right
+                assert type(left) is type(right)
+
+
+def test_rows_come_back_as_they_were(ledger: Ledger) -> None:
+    """In the order of time; every field, empty ones and arrays too."""
+    bare = {"request_id": None, "output": None, "choices": (), "is_correct": None, "served_by": None}
+    rows = [
+        row(1, **bare, state=RowState.UNLABELLED),
+        row(2, sketch=np.arange(3, dtype=np.float32), state=RowState.CLUSTERED, cluster_id="c-1"),
+        row(3, state=RowState.ASSIGNED, expert_id="e-1", is_trained=True, is_correct=True),
+    ]
+    ledger.commit(Changes(rows={each.position: each for each in reversed(rows)}))
+    assert_same_rows(list(reloaded(ledger).load().rows), rows)
+
+
+def test_a_row_is_replaced_by_its_newest_state(ledger: Ledger) -> None:
+    """Upserts go by position; the other rows stay."""
+    ledger.commit(Changes(rows={each.position: each for each in (row(1), row(2))}))
+    newer = row(1, state=RowState.ASSIGNED, expert_id="e-1")
+    ledger.commit(Changes(rows={newer.position: newer}))
+    assert_same_rows(list(reloaded(ledger).load().rows), [newer, row(2)])
+
+
+def test_clusters_jobs_and_registry_come_back_equal(ledger: Ledger) -> None:
+    """Of jobs the running ones only."""
+    fields_of_one = {"cluster_id": "c-1", "skill_id": "s-1", "tenant": "default", "created_ms": 3}
+    cluster = ClusterRecord(state=ClusterState.TRAINING, rows_wanted=80, rejections=1, **fields_of_one)  # type: ignore[arg-type]
+    registry = Registry(
+        experts=(version(1, "j"),),
+        router=StoredFolder(path="cd/1", sha256="f"),
+        feature_space="space",
+        backbone="digest",
+    )
+    running, done = job("j-1", 1, 2), job("j-2", 3, state=JobState.DONE)
+    changes = Changes(clusters={"c-1": cluster}, jobs={"j-1": running, "j-2": done}, registry=registry)
+    ledger.commit(changes)
+    state = reloaded(ledger).load()
+    assert (state.clusters, state.jobs, state.registry) == ((cluster,), (running,), registry)
+
+
+def test_an_empty_ledger_has_an_empty_state(ledger: Ledger) -> None:
+    """Nothing served, nothing to take up again."""
+    state = reloaded(ledger).load()
+    assert (state.rows, state.clusters, state.jobs, state.registry) == ((), (), (), Registry())
+    assert ledger_positions(ledger) == {}
+
+
+def ledger_positions(ledger: Ledger) -> dict[tuple[str, int], int]:
+    """After a restart."""
+    return reloaded(ledger).positions()
+
+
+def test_positions_are_kept_by_partition(ledger: Ledger) -> None:
+    """The newest offset of each; others stay as they are."""
+    ledger.commit(Changes(positions={("samples", 0): 5, ("samples", 1): 2}))
+    ledger.commit(Changes(positions={("samples", 0): 9}))
+    assert ledger_positions(ledger) == {("samples", 0): 9, ("samples", 1): 2}
+
+
+def test_a_commit_is_all_or_nothing(ledger: Ledger) -> None:
+    """Changes of which one part cannot be written leave no other part behind."""
+    broken = Changes(
+        rows={"requests:0:1": row(1)},
+        jobs={"j": job("j", 1)},
+        versions=["no version"],  # type: ignore[list-item]
+        messages=messages(b"1"),
+        positions={("samples", 0): 5},
+    )
+    with pytest.raises((AttributeError, TypeError)):
+        ledger.commit(broken)
+    ledger = reloaded(ledger)
+    assert (ledger.load().rows, ledger.load().jobs, ledger.positions(), ledger.outbox()) == ((), (), {}, [])
+    ledger.commit(Changes(rows={"requests:0:2": row(2)}))
+    assert len(ledger.load().rows) == 1
+
+
+def test_the_outbox_keeps_order_and_bytes(ledger: Ledger) -> None:
+    """Over several commits, with tombstones and headers; sequence numbers grow."""
+    first = messages(b"1", b"2")
+    tombstone = OutboundMessage(
+        topic=Topic.EXPERTS, key=None, value=None, headers=(("h", b"\xff"), ("h", b""))
+    )
+    ledger.commit(Changes(messages=first))
+    ledger.commit(Changes(messages=[tombstone, CODEC.encode_registry(Registry())]))
+    entries = reloaded(ledger).outbox()
+    assert [message for _, message in entries] == [*first, tombstone, CODEC.encode_registry(Registry())]
+    numbers = [number for number, _ in entries]
+    assert numbers == sorted(set(numbers))
+
+
+def test_published_messages_are_forgotten_and_their_numbers_never_used_again(ledger: Ledger) -> None:
+    """A number that Kafka already holds must not come back, or its message would be taken for published."""
+    ledger.commit(Changes(messages=messages(b"1", b"2", b"3")))
+    second = ledger.outbox()[1][0]
+    ledger.published(second)
+    assert [message.value for _, message in ledger.outbox()] == [b"3"]
+    last = ledger.outbox()[0][0]
+    ledger.published(last)
+    ledger = reloaded(ledger)
+    ledger.commit(Changes(messages=messages(b"4")))
+    assert [message.value for _, message in ledger.outbox()] == [b"4"]
+    assert ledger.outbox()[0][0] > last
+
+
+def test_training_rows_are_listed_in_the_order_of_training(ledger: Ledger) -> None:
+    """Each version its own, also after the next one went live; an unknown version has none."""
+    ledger.commit(Changes(rows={each.position: each for each in map(row, range(6))}))
+    first, second = job("j-1", 4, 0, 2, state=JobState.DONE), job("j-2", 5, 4, 3, 1, state=JobState.DONE)
+    ledger.commit(
+        Changes(jobs={"j-1": first, "j-2": second}, versions=[version(1, "j-1"), version(2, "j-2")])
+    )
+    ledger = reloaded(ledger)
+    assert_same_rows(ledger.training_rows("e-1", 1), [row(4), row(0), row(2)])
+    assert_same_rows(ledger.training_rows("e-1", 2), [row(5), row(4), row(3), row(1)])
+    assert ledger.training_rows("e-1", 3) == ledger.training_rows("e-2", 1) == []
+
+
+def test_the_summary_counts_rows_by_state_and_by_cluster(ledger: Ledger) -> None:
+    """Distinct inputs apart from rows; a cluster without rows is listed too."""
+    named = {"skill_id": "s", "tenant": "default", "state": ClusterState.OPEN, "rows_wanted": 80}
+    clusters = [ClusterRecord(cluster_id=f"c-{n}", created_ms=n, **named) for n in (1, 2)]  # type: ignore[arg-type]
+    inside = {"state": RowState.CLUSTERED, "cluster_id": "c-1"}
+    rows = [row(0), row(1, **inside), row(2, **inside), row(3, **inside, input="input 1 é")]
+    ledger.commit(
+        Changes(
+            rows={each.position: each for each in rows},
+            clusters={each.cluster_id: each for each in clusters},
+        )
+    )
+    summary = ledger.summary()
+    assert dict(summary.rows) == {"clustered": 3, "waiting": 1}
+    counted = [(c["cluster_id"], c["state"], c["row_count"], c["distinct_inputs"]) for c in summary.clusters]
+    assert counted == [("c-1", "open", 3, 2), ("c-2", "open", 0, 0)]
+    assert set(summary.clusters[0]) >= {field.name for field in fields(ClusterRecord)}
+
+
+# ---- the file ----
+
+
+def test_a_second_process_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
+    """DuckDB lets one process have the file; ours says which file and what to change."""
+    path = tmp_path / "learn.duckdb"
+    with writer(path) as process:
+        with pytest.raises(DatabaseBusy, match=r"stop that one, or set another store\.folder"):
+            DuckLedger(path)
+        process.kill()
+    DuckLedger(path).close()
+
+
+def test_a_garbage_file_is_reported_and_never_deleted(tmp_path: Path) -> None:
+    """The message says to move it aside, and its bytes stay as they are."""
+    path = tmp_path / "learn.duckdb"
+    garbage = b"\x00\x07garbage\xff" * 2000
+    path.write_bytes(garbage)
+    with pytest.raises(DatabaseBroken, match="aside"):
+        DuckLedger(path)
+    assert path.read_bytes() == garbage
+
+
+def test_a_damaged_write_ahead_log_is_reported_and_never_deleted(tmp_path: Path) -> None:
+    """A byte flipped in its middle: what was committed cannot be replayed, and nobody pretends that it was."""
+    path = tmp_path / "learn.duckdb"
+    with writer(path) as process:
+        process.kill()
+    log = tmp_path / "learn.duckdb.wal"
+    damaged = bytearray(log.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    log.write_bytes(damaged)
+    with pytest.raises(DatabaseBroken, match="aside"):
+        DuckLedger(path)
+    assert log.read_bytes() == damaged
+
+
+def test_another_schema_version_is_reported(tmp_path: Path) -> None:
+    """A file of a later program is not written to."""
+    path = tmp_path / "learn.duckdb"
+    ledger = DuckLedger(path)
+    ledger._db.execute("UPDATE schema_version SET version = 99")
+    ledger.close()
+    with pytest.raises(DatabaseBroken, match="schema 99"):
+        DuckLedger(path)
+
+
+@pytest.mark.parametrize("published", [0, 3])
+def test_what_was_committed_survives_kill_9(tmp_path: Path, published: int) -> None:
+    """Positions and outbox of an acknowledged commit are there; sequence numbers go on after them."""
+    path = tmp_path / "learn.duckdb"
+    with writer(path, published) as process:
+        os.kill(process.pid, signal.SIGKILL)
+    ledger = DuckLedger(path)
+    assert ledger.positions() == {("samples", 0): 7}
+    assert [number for number, _ in ledger.outbox()] == [1, 2, 3][published:]
+    ledger.commit(Changes(messages=messages(b"next")))
+    assert ledger.outbox()[-1][0] > 3
+    ledger.close()
+
+
+class writer:  # noqa: N801 - reads as a block's opening
+    """A process that has committed and holds the file open until it is killed."""
+
+    def __init__(self, path: Path, published: int = 0) -> None:
+        command = [sys.executable, "-c", WRITER, str(path), str(published)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"committed\n"
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()

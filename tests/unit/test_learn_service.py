@@ -1,0 +1,397 @@
+"""The learn loop on in-memory ports: every sample once, every message once, over aborts and restarts."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from learning import (
+    CLUSTERING,
+    CODEC,
+    NOVELTY,
+    REFERENCE,
+    RULES,
+    SPACE,
+    features_of,
+    sample,
+    sketch_of,
+    texts,
+)
+from safetensors.numpy import save_file
+
+from dylora_stream.core.errors import TransactionAborted
+from dylora_stream.core.events import EventType
+from dylora_stream.core.experts import ExpertVersion
+from dylora_stream.core.ledger import JobKind, RowState
+from dylora_stream.core.messages import OutboundMessage, Position, Sample, Topic
+from dylora_stream.core.ports import Checkpoint
+from dylora_stream.core.recipes import CONSOLIDATION, SEEDING
+from dylora_stream.core.statistics import ExpertStatistics
+from dylora_stream.learn.curator import Curator, CuratorConfig
+from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.service import LearnConfig, LearnFolders, LearnPorts, LearnService, Training
+from dylora_stream.stream import codec
+from dylora_stream.testing import (
+    ManualClock,
+    MemoryBroker,
+    MemoryExpertStore,
+    MemoryIndex,
+    MemoryLedger,
+    MemorySink,
+    MemorySource,
+    ScriptedChild,
+)
+
+GROUP = "dylora.learn"
+TRAINING = Training(
+    seeding=SEEDING,
+    consolidation=CONSOLIDATION,
+    check={"margin": 0.0},
+    backbone="digest",
+    feature_space=SPACE,
+    prompt_template="{input}",
+    rank=4,
+)
+
+
+class CountingMetrics:
+    """Remembers what the loop told it."""
+
+    def __init__(self) -> None:
+        self.events: Counter[EventType] = Counter()
+        self.jobs: list[tuple[str, str]] = []
+        self.sampled_rows = self.aborts = 0
+        self.on_poll: Callable[[], None] = lambda: None
+
+    def polled(self, lag_records: Callable[[], int]) -> None:
+        """See LearnMetrics."""
+        lag_records()
+        self.on_poll()
+
+    def sampled(self, samples: Sequence[Sample]) -> None:
+        """See LearnMetrics."""
+        self.sampled_rows += len(samples)
+
+    def job_ended(self, kind: str, outcome: str) -> None:
+        """See LearnMetrics."""
+        self.jobs.append((kind, outcome))
+
+    def aborted(self) -> None:
+        """See LearnMetrics."""
+        self.aborts += 1
+
+    def happened(self, kind: EventType) -> None:
+        """See LearnMetrics."""
+        self.events[kind] += 1
+
+
+class SilentSink(MemorySink):
+    """Publishes, and then says that it did not: a commit that ran into its time-out."""
+
+    is_silent = True
+
+    def publish(self, messages: Sequence[OutboundMessage], checkpoint: Checkpoint | None = None) -> None:
+        """See the port."""
+        super().publish(messages, checkpoint)
+        if self.is_silent:
+            self.is_silent = False
+            raise TransactionAborted("no answer in time")
+
+
+class DyingChild(ScriptedChild):
+    """Takes a job and says nothing of it, as one whose process is killed."""
+
+    def updates(self) -> list[Any]:
+        """See the port."""
+        return []
+
+
+class Workshop:
+    """A learn service on a broker and a ledger that outlive it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clock = folder, ManualClock()
+        self.broker, self.ledger, self.store = MemoryBroker(), MemoryLedger(), MemoryExpertStore()
+        self.metrics = CountingMetrics()
+        self.submitted: list[str] = []
+        self.is_able = True
+        self.start()
+
+    def start(self, sink: type[MemorySink] = MemorySink, child: type[ScriptedChild] = ScriptedChild) -> None:
+        """A new process on what the last one left."""
+        topics = (Topic.SAMPLES, Topic.FEEDBACK)
+        self.source = MemorySource(self.broker, topics, group=GROUP, positions=self.ledger.positions)
+        self.sink = sink(self.broker, "dylora.learn.0")
+        ports = LearnPorts(
+            source=self.source,
+            sink=self.sink,
+            ledger=self.ledger,
+            child=child(self.work),
+            store=self.store,
+            codec=CODEC,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+        knowledge = Knowledge(self._statistics, MemoryIndex, NOVELTY)
+        rules = CuratorConfig(lifecycle=RULES, clustering=CLUSTERING)
+        curator = Curator(self.ledger.load(), knowledge, CODEC, self.clock, rules)
+        folders = LearnFolders(
+            jobs=self.folder / "jobs",
+            reference=self.folder / "reference.safetensors",
+            feedback_topic=self.broker.name(Topic.FEEDBACK),
+        )
+        self.service = LearnService(ports, curator, LearnConfig(batch_records=16), TRAINING, folders)
+        self.service.recover()
+
+    def send(self, inputs: Sequence[str], begin: int = 0) -> None:
+        """Samples, as serve writes them."""
+        for offset, text in enumerate(inputs, start=begin):
+            message = CODEC.encode_sample(sample(text, offset, timestamp_ms=self.clock.now_ms()))
+            self.broker.append(message.topic, message.value, message.key, message.headers)
+
+    def steps(self, count: int) -> None:
+        """Rounds of the loop, a second each."""
+        for _ in range(count):
+            self.clock.advance(1.0)
+            self.service.step()
+
+    def work(self, job: Path) -> Path:
+        """What the child does with a job folder: sketches by the rows' texts, and every expert is good."""
+        self.submitted.append(job.name)
+        if not self.is_able:
+            raise RuntimeError("no memory left")
+        description = json.loads((job / "job.json").read_text())
+        inputs = [json.loads(line)["input"] for line in (job / "rows.jsonl").read_text().splitlines()]
+        result = job / "result"
+        (result / "expert").mkdir(parents=True, exist_ok=True)
+        if description["kind"] == JobKind.SKETCH:
+            save_file(asdict(REFERENCE), description["reference"])
+            save_file(
+                {"sketches": np.stack([sketch_of(text) for text in inputs])}, result / "sketches.safetensors"
+            )
+            return result
+        (result / "expert" / "rows.json").write_text(json.dumps(inputs))
+        (result / "report.json").write_text(json.dumps({"decision": "promoted", "heldout": {"rows": 6}}))
+        return result
+
+    def _statistics(self, version: ExpertVersion) -> ExpertStatistics:
+        inputs = json.loads((self.store.open(version.storage) / "rows.json").read_text())
+        return ExpertStatistics(
+            expert_id=version.expert_id, rows=np.stack([features_of(text) for text in inputs])
+        )
+
+    def events(self, kind: EventType | None = None) -> list[Any]:
+        """The lifecycle events that are on the broker."""
+        found = [codec.decode_event(record) for record in self.broker.records(Topic.EVENTS)]
+        return [event for event in found if kind in (None, event.type)]
+
+    def published(self) -> list[tuple[object, ...]]:
+        """Every message on the broker that learn sent."""
+        return [
+            (topic, record.key, record.value, record.headers)
+            for topic in (Topic.EVENTS, Topic.EXPERTS)
+            for record in self.broker.records(topic)
+        ]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """A learn service with nothing to learn yet."""
+    return Workshop(tmp_path)
+
+
+INPUTS = texts("apple", 0, RULES.rows_to_seed)
+STEPS = 14  # from these inputs to a live expert, with rounds to spare
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """The same stream, with nothing going wrong."""
+    workshop = Workshop(tmp_path_factory.mktemp("undisturbed"))
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    return workshop
+
+
+def kinds_of(workshop: Workshop) -> Counter[str]:
+    """Events on the broker by type."""
+    return Counter(event.type for event in workshop.events())
+
+
+def test_samples_become_an_expert(undisturbed: Workshop) -> None:
+    """From the topic to the registry: rows, sketches, buffer, seed job, and the registry record last."""
+    registry = codec.decode_registry(undisturbed.broker.records(Topic.EXPERTS)[-1])
+    assert len(registry.experts) == 1
+    assert (registry.feature_space, registry.backbone) == (SPACE, "digest")
+    expert = registry.experts[0].expert_id
+    assert sorted(row.input for row in undisturbed.ledger.training_rows(expert, 1)) == sorted(INPUTS)
+    spawned = undisturbed.events(EventType.EXPERT_SPAWNED)
+    assert [event.entity for event in spawned] == [expert]
+    assert registry.experts[0].skill_id == undisturbed.ledger.load().clusters[0].skill_id
+    assert undisturbed.ledger.outbox() == []
+
+
+@pytest.mark.parametrize("point", range(STEPS))
+def test_an_abort_at_any_point_loses_and_repeats_nothing(
+    tmp_path: Path, undisturbed: Workshop, point: int
+) -> None:
+    """Whichever round's transaction fails, each sample is one row and each event is sent once."""
+    workshop = Workshop(tmp_path)
+    workshop.send(INPUTS)
+    workshop.steps(point)
+    workshop.sink.fail_next()
+    workshop.steps(STEPS + 3 - point)
+    assert Counter(row.input for row in workshop.ledger.load().rows) == Counter(INPUTS)
+    assert kinds_of(workshop) == kinds_of(undisturbed)
+    assert len({event.id for event in workshop.events()}) == len(workshop.events())
+    assert workshop.metrics.sampled_rows == len(INPUTS)
+    assert workshop.ledger.outbox() == []
+
+
+@pytest.mark.parametrize("point", range(STEPS))
+def test_a_restart_at_any_point_loses_and_repeats_nothing(
+    tmp_path: Path, undisturbed: Workshop, point: int
+) -> None:
+    """A new process on the same ledger and broker goes on; a job that was under way is done once."""
+    workshop = Workshop(tmp_path)
+    workshop.send(INPUTS)
+    workshop.steps(point)
+    workshop.start()
+    workshop.steps(STEPS + 3 - point)
+    assert Counter(row.input for row in workshop.ledger.load().rows) == Counter(INPUTS)
+    assert kinds_of(workshop) == kinds_of(undisturbed)
+    assert len(workshop.broker.records(Topic.EXPERTS)) == 2
+
+
+def test_the_outbox_is_published_once_though_nobody_noted_it(tmp_path: Path, undisturbed: Workshop) -> None:
+    """The process dies after Kafka's commit and before its own: the number beside the offsets tells the next one."""
+
+    class ForgetfulLedger(MemoryLedger):
+        """Dies before it can note what was published."""
+
+        is_alive = True
+
+        def published(self, sequence: int) -> None:
+            """See the port."""
+            if not self.is_alive:
+                raise SystemExit
+            super().published(sequence)
+
+    workshop = Workshop(tmp_path)
+    workshop.ledger = ForgetfulLedger()
+    workshop.start()
+    workshop.send(INPUTS)
+    for _ in range(STEPS):
+        workshop.ledger.is_alive = False
+        try:
+            workshop.steps(1)
+        except SystemExit:
+            workshop.ledger.is_alive = True
+            workshop.start()
+        workshop.ledger.is_alive = True
+    workshop.steps(3)
+    assert kinds_of(workshop) == kinds_of(undisturbed)
+    assert len(workshop.broker.records(Topic.EXPERTS)) == 2
+
+
+def test_a_commit_that_happened_without_an_answer_is_not_sent_again(
+    tmp_path: Path, undisturbed: Workshop
+) -> None:
+    """The sink says aborted, the broker has it: the note beside the offsets is believed."""
+    workshop = Workshop(tmp_path)
+    workshop.start(sink=SilentSink)
+    workshop.send(INPUTS)
+    workshop.steps(STEPS + 1)
+    assert workshop.metrics.aborts == 1
+    assert kinds_of(workshop) == kinds_of(undisturbed)
+
+
+def test_rows_below_the_ledgers_positions_are_skipped(workshop: Workshop) -> None:
+    """A new owner reads from the group's offset, which may lie behind; what DuckDB has is not taken again."""
+    workshop.send(INPUTS[:5])
+    workshop.steps(1)
+    before = workshop.ledger.load().rows
+    behind = MemorySource(workshop.broker, (Topic.SAMPLES, Topic.FEEDBACK), group="another")
+    batch = behind.poll(100, 0)
+    assert len(batch.records) == 5
+    workshop.service._take(batch.records, batch.checkpoint)
+    assert workshop.ledger.load().rows == before
+    assert workshop.metrics.sampled_rows == 5
+
+
+def test_samples_of_another_feature_space_are_left_aside(workshop: Workshop) -> None:
+    """Their features mean something else; the position moves on."""
+    foreign = CODEC.encode_sample(sample("apple 1", 0, feature_space="older"))
+    workshop.broker.append(foreign.topic, foreign.value, foreign.key, foreign.headers)
+    workshop.broker.append(Topic.SAMPLES, b"no sample", foreign.key)
+    workshop.steps(1)
+    assert workshop.ledger.load().rows == ()
+    assert workshop.ledger.positions()[workshop.broker.name(Topic.SAMPLES), 0] == 2
+
+
+def test_feedback_labels_a_row(workshop: Workshop) -> None:
+    """It comes over its own topic, in the same transaction as everything else."""
+    message = CODEC.encode_sample(sample("apple 1", 0, output=None))
+    workshop.broker.append(message.topic, message.value, message.key, message.headers)
+    workshop.steps(1)
+    answer = {"position": str(Position("dylora.requests", 0, 0)), "output": "APPLE 1"}
+    workshop.broker.append(Topic.FEEDBACK, json.dumps(answer).encode(), b"k")
+    workshop.steps(1)
+    row = workshop.ledger.load().rows[0]
+    assert (row.output, row.state) == ("APPLE 1", RowState.WAITING)
+
+
+def test_a_running_job_is_taken_up_again_after_a_restart(workshop: Workshop) -> None:
+    """The child died with its process; the same folder is given to the next one."""
+    workshop.start(child=DyingChild)
+    workshop.send(INPUTS[:12])
+    workshop.steps(2)
+    running = workshop.ledger.load().jobs
+    assert [job.kind for job in running] == [JobKind.SKETCH]
+    workshop.start()
+    workshop.steps(3)
+    assert workshop.submitted[:2] == [running[0].job_id] * 2
+    assert workshop.ledger.load().jobs == ()
+    assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
+
+
+def test_a_running_job_without_its_folder_has_failed(workshop: Workshop) -> None:
+    """Somebody deleted it: `training.failed` says so, and the rows are not lost."""
+    workshop.start(child=DyingChild)
+    workshop.send(INPUTS[:12])
+    workshop.steps(2)
+    shutil.rmtree(workshop.folder / "jobs")
+    workshop.start()
+    workshop.steps(2)
+    assert "folder is gone" in workshop.events(EventType.TRAINING_FAILED)[0].data["error"]
+    workshop.steps(10)
+    assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
+
+
+def test_a_childs_error_is_an_event_and_backs_off(workshop: Workshop) -> None:
+    """A failed sketch job waits before it is tried again, and the stream goes on."""
+    workshop.is_able = False
+    workshop.send(INPUTS)
+    workshop.steps(5)
+    failed = workshop.events(EventType.TRAINING_FAILED)
+    assert [event.data["error"] for event in failed] == ["no memory left"]
+    assert workshop.metrics.jobs == [("sketch", "failed")]
+    workshop.is_able = True
+    workshop.steps(STEPS)
+    assert len(workshop.events(EventType.EXPERT_SPAWNED)) == 1
+
+
+def test_draining_ends_the_loop_after_the_round_at_hand(workshop: Workshop) -> None:
+    """`run` returns, with what it took committed and published."""
+    workshop.send(INPUTS[:3])
+    workshop.clock.advance(RULES.sketch_after_s)
+    workshop.metrics.on_poll = workshop.service.drain
+    workshop.service.run()
+    assert not workshop.service.is_ready
+    assert len(workshop.ledger.load().rows) == 3
+    assert workshop.ledger.outbox() == []
