@@ -73,7 +73,9 @@ def configure_logs(config: LogConfig, instance: str, stream: TextIO | None = Non
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(config.libraries.upper())
-    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)  # it warns of every pause of a busy machine
+    logging.getLogger("kafka.net.selector").setLevel(
+        logging.ERROR
+    )  # it warns of every pause of a busy machine
     logging.getLogger("dylora_stream").setLevel(config.level.upper())
     logging.captureWarnings(capture=True)
     structlog.configure(

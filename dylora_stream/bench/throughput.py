@@ -43,53 +43,65 @@ class ThroughputConfig:
     report: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """One kind of records, and how the bare backbone answers all of them in batches of a size."""
+
+    name: str
+    requests: list[dict[str, Any]]
+    bare: Callable[[int], None]
+
+
 def throughput(config: ThroughputConfig, settings: Settings, console: Console) -> dict[str, Any]:
     """Measure, print, write; the report."""
     torch.manual_seed(0)
     backbone = bootstrap.load_backbone(settings)
     free = _requests(config.records)
     chosen = _with_choices(free)
-    kinds: dict[str, tuple[list[dict[str, Any]], Callable[[int], None]]] = {
-        "kafka_to_kafka": (free, lambda batch: _generate(backbone, settings, free, batch)),
-        "kafka_to_kafka_choices": (chosen, lambda batch: _rank(backbone, chosen, batch)),
-    }
-    ratios: dict[str, float] = {}
+    loads = (
+        _Load("kafka_to_kafka", free, lambda batch: _generate(backbone, settings, free, batch)),
+        _Load("kafka_to_kafka_choices", chosen, lambda batch: _rank(backbone, chosen, batch)),
+    )
     table = Table(title=f"{config.records} records, median of {config.rounds} rounds")
     for name in ("what", "bare, records/s", "best batch", "Kafka to Kafka, records/s", "ratio"):
         table.add_column(name, justify="left" if name == "what" else "right")
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, bootstrap.demo_broker(Path(folder) / "broker") as servers:
-        for name, (requests, bare) in kinds.items():
-            console.print(f"{name}: choosing the bare backbone's batch size ...")
-            best = min(BATCHES, key=lambda batch: _seconds(bare, batch))
-            here = _here(settings, servers, Path(folder), name)
-            bootstrap.create_topics(here)
-            with bootstrap.Traffic(here) as traffic:
-                traffic.send(requests)
-            pairs = []
-            for number in range(config.rounds):
-                bare_s = _seconds(bare, best)
-                with bootstrap.zero_experts(
-                    here, backbone, [row["input"] for row in free], EXPERTS
-                ) as answerer:
-                    passage = bootstrap.serve_through(here, answerer, config.records, f"{name}-{number}")
-                pairs.append((bare_s, passage.seconds))
-                console.print(
-                    f"  round {number + 1}: bare {bare_s:.1f} s, Kafka to Kafka {passage.seconds:.1f} s"
-                )
-            ratios[name] = statistics.median(bare_s / daemon_s for bare_s, daemon_s in pairs)
-            rates = [config.records / statistics.median(column) for column in zip(*pairs, strict=True)]
-            table.add_row(name, f"{rates[0]:.1f}", str(best), f"{rates[1]:.1f}", f"{ratios[name]:.2f}")
+        for load in loads:
+            here = _here(settings, servers, Path(folder), load.name)
+            batch, pairs = _rounds(load, config, here, backbone, console)
+            ratios[load.name] = statistics.median(bare_s / daemon_s for bare_s, daemon_s in pairs)
+            bare, daemon = (config.records / statistics.median(times) for times in zip(*pairs, strict=True))
+            table.add_row(load.name, f"{bare:.1f}", str(batch), f"{daemon:.1f}", f"{ratios[load.name]:.2f}")
         overhead_ms = _overhead_ms(config, _here(settings, servers, Path(folder), "overhead"), Path(folder))
     console.print(table)
     console.print(f"The daemon's own processor time with a tiny model: {overhead_ms:.2f} ms a record")
-    document = {
-        "ratios": {key: round(value, 4) for key, value in ratios.items()},
-        "overhead_ms": round(overhead_ms, 4),
-    }
+    rounded = {name: round(ratio, 4) for name, ratio in ratios.items()}
+    document = {"ratios": rounded, "overhead_ms": round(overhead_ms, 4)}
     if config.report is not None:
         config.report.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"Report: {config.report}")
     return document
+
+
+def _rounds(
+    load: _Load, config: ThroughputConfig, here: Settings, backbone: Backbone, console: Console
+) -> tuple[int, list[tuple[float, float]]]:
+    """The bare backbone's best batch size, and (bare seconds, daemon seconds) of rounds in turn."""
+    bootstrap.create_topics(here)
+    with bootstrap.Traffic(here) as traffic:
+        traffic.send(load.requests)
+    console.print(f"{load.name}: choosing the bare backbone's batch size ...")
+    batch = min(BATCHES, key=lambda size: _seconds(load.bare, size))
+    texts = [str(row["input"]) for row in load.requests]
+    pairs = []
+    for number in range(config.rounds):
+        bare_s = _seconds(load.bare, batch)
+        with bootstrap.zero_experts(here, backbone, texts, EXPERTS) as answerer:
+            passage = bootstrap.serve_through(here, answerer, config.records, f"{load.name}-{number}")
+        pairs.append((bare_s, passage.seconds))
+        console.print(f"  round {number + 1}: bare {bare_s:.1f} s, Kafka to Kafka {passage.seconds:.1f} s")
+    return batch, pairs
 
 
 def _requests(count: int) -> list[dict[str, Any]]:
@@ -112,7 +124,7 @@ def _here(settings: Settings, servers: str, folder: Path, name: str) -> Settings
         *(f"{row.name}={row.value}" for row in settings.explain() if row.source.startswith("flag")),
         f"kafka.bootstrap_servers={servers}",
         f"kafka.prefix=bench.{name}.",
-        f"store.folder={folder / name}",
+        f"store.folder={folder}",
         f"model.folder={bootstrap.model_path(settings)}",
     ]
     return load_settings(flags=flags)

@@ -41,6 +41,7 @@ from dylora_stream.stream.source import KafkaChangelog, KafkaSource
 from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:
+    from dylora_stream.learn.jobs import ChildProcess
     from dylora_stream.learn.service import Training
 
 __all__ = ["child", "learn", "serve", "supervise"]
@@ -87,7 +88,6 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
 def learn(settings: Settings, *, is_supervised: bool = False) -> None:
     """Learn until told to end. Raises DyloraError."""
     from dylora_stream.learn.curator import Curator, CuratorConfig
-    from dylora_stream.learn.jobs import ChildConfig, ChildProcess
     from dylora_stream.learn.knowledge import Knowledge
     from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService
 
@@ -100,29 +100,23 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
         rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
         curator = Curator(ledger.load(), knowledge, codec, clock, rules)
-        command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
-        environment = {
-            "OMP_NUM_THREADS": str(settings.learn.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        child_config = ChildConfig(command=command, environment=environment, niceness=settings.learn.niceness)
         ports = LearnPorts(
             source=_closing(
                 closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], positions=ledger.positions)
             ),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
             ledger=ledger,
-            child=_closing(closing, ChildProcess(child_config)),
+            child=_closing(closing, _child_process(settings)),
             store=store,
             codec=codec,
             clock=clock,
             metrics=metrics,
         )
         training = _training(settings)
+        home = settings.store.folder.absolute()
         folders = LearnFolders(
-            jobs=(settings.store.folder / "jobs").absolute(),
-            reference=(settings.store.folder / f"reference-{training.feature_space}.safetensors").absolute(),
+            jobs=home / "jobs",
+            reference=home / f"reference-{training.feature_space}.safetensors",
             feedback_topic=kafka.topic(Topic.FEEDBACK),
         )
         service = LearnService(ports, curator, settings.learn, training, folders)
@@ -134,6 +128,21 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
         _until_signalled(service, is_supervised=is_supervised)
+
+
+def _child_process(settings: Settings) -> "ChildProcess":
+    """Learn's child, not started yet. Waiting OpenMP threads sleep: spinning ones would take the cores from serve."""
+    from dylora_stream.learn.jobs import ChildConfig, ChildProcess
+
+    environment = {
+        "OMP_NUM_THREADS": str(settings.learn.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
+    return ChildProcess(
+        ChildConfig(command=command, environment=environment, niceness=settings.learn.niceness)
+    )
 
 
 def _training(settings: Settings) -> "Training":

@@ -12,8 +12,9 @@ from typing import Any
 
 from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
+from dylora_stream.core.messages import Sample
 
-__all__ = ["CLOSED", "Buffers", "Moved"]
+__all__ = ["CLOSED", "Buffers", "Moved", "row_of"]
 
 CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
 ENDED = (ClusterState.MERGED, ClusterState.LEARNED)  # an id that may be used again
@@ -161,3 +162,22 @@ class Buffers:
         if tenant not in self._online:
             self._online[tenant] = OnlineClusters(self._config, self._reference)
         return self._online[tenant]
+
+
+def row_of(sample: Sample) -> LedgerRow:
+    """A sample as a row that waits."""
+    return LedgerRow(
+        position=str(sample.position),
+        request_id=sample.id,
+        tenant=sample.tenant,
+        input=sample.input,
+        output=sample.output,
+        choices=sample.choices,
+        reason=sample.reason,
+        time_ms=sample.timestamp_ms,
+        is_correct=sample.is_correct,
+        served_by=sample.expert,
+        served_version=sample.version,
+        state=RowState.WAITING,
+        features=sample.features,
+    )

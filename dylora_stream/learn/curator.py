@@ -31,7 +31,7 @@ from dylora_stream.core.ledger import (
 )
 from dylora_stream.core.messages import Feedback, Sample, SampleReason
 from dylora_stream.core.ports import Clock, Codec, Partition
-from dylora_stream.learn.buffers import Buffers, Moved
+from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.knowledge import Knowledge
 from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, TrackRecord, newest_distinct
 
@@ -110,7 +110,7 @@ class Curator:
         matches = self._knowledge.match(tenant, np.stack([sample.features for sample in samples]))
         served = {version.expert_id for version in self.registry.experts}
         for sample, match in zip(samples, matches, strict=True):
-            row = _row(sample)
+            row = row_of(sample)
             if sample.is_correct and sample.expert in served:
                 row = replace(row, state=RowState.ASSIGNED, expert_id=sample.expert)
             elif not match.is_novel:
@@ -394,21 +394,3 @@ class Curator:
         )  # a new kind of record says nothing about who had to answer it
         if is_known and row.is_correct is not None and row.served_by is not None:
             self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)
-
-
-def _row(sample: Sample) -> LedgerRow:
-    return LedgerRow(
-        position=str(sample.position),
-        request_id=sample.id,
-        tenant=sample.tenant,
-        input=sample.input,
-        output=sample.output,
-        choices=sample.choices,
-        reason=sample.reason,
-        time_ms=sample.timestamp_ms,
-        is_correct=sample.is_correct,
-        served_by=sample.expert,
-        served_version=sample.version,
-        state=RowState.WAITING,
-        features=sample.features,
-    )
