@@ -6,8 +6,9 @@ before. *Before* is the backbone alone on those same records, the better of the 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dylora_stream.demo.journal import Journal, Sent, Task
@@ -110,34 +111,37 @@ def _mean(values: Sequence[bool]) -> float | None:
 
 
 def skills_table(reports: Sequence[SkillReport]) -> Table:
-    """For people."""
-    table = Table(title="Skills (exact match; before = the backbone alone, after = once the expert was live)")
-    for name, justify in (
-        ("kind of record", "left"),
-        ("records", "right"),
-        ("expert", "left"),
-        ("purity", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("records until live", "judged", "before", "after", "majority"):
-        table.add_column(name, justify="right")
+    """For people, within 80 columns."""
+    table = Table(
+        title="Exact match: before = the backbone alone, after = once the expert was live",
+        caption="live at: records until its expert was; judged: records behind before and after",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("kind", no_wrap=True)
+    table.add_column("records", justify="right", no_wrap=True)
+    table.add_column("expert", no_wrap=True)
+    for name in ("purity", "live at", "judged", "before", "after", "majority"):
+        table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
-        values = asdict(report)
-        shown = [
-            _shown(values[key])
-            for key in ("records_to_live", "judged", "accuracy_before", "accuracy_after", "majority_baseline")
-        ]
-        table.add_row(
-            report.name, str(report.records), ", ".join(report.experts) or "-", _shown(report.purity), *shown
+        numbers = (
+            report.purity,
+            report.records_to_live,
+            report.judged,
+            report.accuracy_before,
+            report.accuracy_after,
+            report.majority_baseline,
         )
+        experts = "\n".join(report.experts) or "-"
+        table.add_row(report.name, str(report.records), experts, *(_shown(number) for number in numbers))
     return table
 
 
 def totals_table(totals: Mapping[str, int], experts: Mapping[str, int]) -> Table:
     """Records by position, then experts."""
-    table = Table(title="Every record, counted by a fresh reader by position; then experts")
+    table = Table(title="Records, counted by a fresh reader by position; experts", box=SIMPLE_HEAD)
     for name in (*totals, *experts):
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     table.add_row(*(str(count) for count in (*totals.values(), *experts.values())))
     return table
 
