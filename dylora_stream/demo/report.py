@@ -114,14 +114,15 @@ def skills_table(reports: Sequence[SkillReport]) -> Table:
     """For people, within 80 columns."""
     table = Table(
         title="Exact match: before = the backbone alone, after = once the expert was live",
-        caption="live at: records until its expert was; judged: records behind before and after",
+        caption="live: records sent until its expert was; judged: records behind before and after",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("kind", no_wrap=True)
-    table.add_column("records", justify="right", no_wrap=True)
+    table.add_column("sent", justify="right", no_wrap=True)
     table.add_column("expert", no_wrap=True)
-    for name in ("purity", "live at", "judged", "before", "after", "majority"):
+    for name in ("purity", "live", "judged", "before", "after", "majority"):
         table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         numbers = (
@@ -137,12 +138,12 @@ def skills_table(reports: Sequence[SkillReport]) -> Table:
     return table
 
 
-def totals_table(totals: Mapping[str, int], experts: Mapping[str, int]) -> Table:
-    """Records by position, then experts."""
-    table = Table(title="Records, counted by a fresh reader by position; experts", box=SIMPLE_HEAD)
-    for name in (*totals, *experts):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
-    table.add_row(*(str(count) for count in (*totals.values(), *experts.values())))
+def totals_table(title: str, totals: Mapping[str, int]) -> Table:
+    """One row of counts."""
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True)
+    for name in totals:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    table.add_row(*(str(count) for count in totals.values()))
     return table
 
 

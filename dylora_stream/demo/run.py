@@ -111,7 +111,11 @@ def _conclude(
         "matured": journal.events["expert.matured"],
         "consolidated": journal.events["expert.promoted"],
     }
-    console.print(skills_table(reports), totals_table(totals, experts))
+    console.print(
+        skills_table(reports),
+        totals_table("Records, counted by a fresh reader of the topics, by position", totals),
+        totals_table("Experts", experts),
+    )
     console.print(f"{wall_s:.0f} s in all")
     if config.report is not None:
         skills = [asdict(report) for report in reports]
