@@ -2,9 +2,9 @@
 
 One run, no training under way, the same records: the bare backbone (length-sorted `generate`, the best of three batch
 sizes) and the daemon from Kafka to Kafka take turns; the ratio of a round is bare seconds over daemon seconds, and the
-median of the rounds is reported. Free text and `choices` apart. Four experts whose B is zero are live, so that routing,
-scoring and the pool's products are paid for while the texts stay those of the bare model. Last, with a tiny model, the
-processor time that the daemon itself takes for a record.
+median of the rounds is reported. Free text and `choices` apart. Four mature experts whose B is zero are live, so that
+routing, scoring and the pool's products are paid for while the texts stay those of the bare model. Last, with a tiny model,
+the processor time that the daemon itself takes for a record.
 """
 
 import json
@@ -31,6 +31,7 @@ __all__ = ["ThroughputConfig", "throughput"]
 BATCHES = (8, 16, 32)  # of the bare backbone
 CHOICES = 4  # a record
 EXPERTS = 4
+DISTINCT = 200  # texts of the overhead's records, which its experts know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +174,10 @@ def _overhead_ms(config: ThroughputConfig, settings: Settings, folder: Path) -> 
         }
     )
     bootstrap.create_topics(settings)
+    requests = _requests(DISTINCT)
     with bootstrap.Traffic(settings) as traffic:
-        traffic.send(_requests(200) * (config.overhead_records // 200))
-    answerer = bootstrap.mixture_answerer(settings, bootstrap.load_backbone(settings))
-    passage = bootstrap.serve_through(settings, answerer, config.overhead_records, "overhead")
+        traffic.send(requests * (config.overhead_records // DISTINCT))
+    backbone = bootstrap.load_backbone(settings)
+    with bootstrap.zero_experts(settings, backbone, [row["input"] for row in requests], EXPERTS) as answerer:
+        passage = bootstrap.serve_through(settings, answerer, config.overhead_records, "overhead")
     return (passage.cpu_s - passage.model_cpu_s) * 1000 / passage.records

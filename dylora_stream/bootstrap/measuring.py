@@ -97,7 +97,7 @@ def serve_through(settings: Settings, answerer: Answerer, records: int, group: s
 def zero_experts(
     settings: Settings, backbone: "Backbone", texts: Sequence[str], count: int
 ) -> Iterator["MixtureAnswerer"]:
-    """An answerer with `count` live experts whose B is zero: all of the cost, none of the effect on the texts."""
+    """An answerer with `count` mature experts whose B is zero: all of the cost, none of the effect on the texts."""
     import torch
 
     from dylora_stream.model.adapters import Adapter
@@ -119,6 +119,7 @@ def zero_experts(
             version=1,
             adapter=Adapter(rank=rank, tensors=dict(tensors)),
             features=features[number::count],
+            is_mature=True,
         )
         for number in range(count)
     ]

@@ -68,7 +68,7 @@ class GenerationConfig:
     """Tokens of an answer; the end token usually comes first."""
     max_choices: int = 64
     """Choices of one record that are ranked; more make the record a dead letter."""
-    micro_batch: int = 16
+    micro_batch: int = 32
     """Rows of one forward pass, length-sorted."""
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 class ServeConfig:
     """How serve takes its records."""
 
-    batch_records: int = 32  # most records of one transaction: latency against throughput
+    batch_records: int = 64  # most records of one transaction: latency against throughput
     poll_timeout_s: float = 0.25  # how long an idle poll blocks
     registry_timeout_s: float = 30.0  # how long the start waits for the registry's topic
     drain_deadline_s: float = 30.0  # after SIGTERM the current batch may take this long
