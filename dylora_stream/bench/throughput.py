@@ -3,8 +3,8 @@
 One run, no training under way, the same records: the bare backbone (length-sorted `generate`, the best of three batch
 sizes) and the daemon from Kafka to Kafka take turns; the ratio of a round is bare seconds over daemon seconds, and the
 median of the rounds is reported. Free text and `choices` apart. Four mature experts whose B is zero are live, so that
-routing, scoring and the pool's products are paid for while the texts stay those of the bare model. Last, with a tiny model,
-the processor time that the daemon itself takes for a record.
+routing, scoring and the pool's products are paid for while the texts stay those of the bare model. Last, with a tiny
+model, the processor time that the daemon itself takes for a record.
 """
 
 import json

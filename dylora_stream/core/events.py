@@ -30,13 +30,10 @@ class EventType(StrEnum):
     EXPERT_PROMOTED = "expert.promoted"
     EXPERT_REJECTED = "expert.rejected"
     EXPERT_MATURED = "expert.matured"
-    EXPERT_RETIRED = "expert.retired"
-    EXPERT_MERGED = "expert.merged"
     EXPERT_LOAD_FAILED = "expert.load_failed"
     ROUTING_CHANGED = "routing.changed"
     FEEDBACK_UNMATCHED = "feedback.unmatched"
     WORKER_STARTED = "worker.started"
-    WORKER_DRAINING = "worker.draining"
     WORKER_STOPPED = "worker.stopped"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
-from dylora_stream.core.messages import Sample
+from dylora_stream.core.messages import Feedback, Sample
 
 __all__ = ["CLOSED", "Buffers", "Moved", "row_of"]
 
@@ -121,6 +121,25 @@ class Buffers:
             online = self._of(row.tenant)
             online.forget([row.position])
             online.restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
+
+    def find(self, late: Feedback) -> LedgerRow | None:
+        """The row that a late answer is for, by position or by the request's id."""
+        if late.position is not None:
+            return self.rows.get(str(late.position))
+        mine = (row for row in self.rows.values() if (row.request_id, row.tenant) == (late.id, late.tenant))
+        return next(mine, None)
+
+    def expire(self, before_ms: int, changes: Changes) -> None:
+        """Give up clusters whose newest row is older than that, by record time."""
+        for online in self._online.values():
+            for position in online.expired(before_ms):
+                self.put(replace(self.rows[position], state=RowState.SETTLED), changes)
+                online.forget([position])
+
+    def age_s(self, now_ms: int) -> float:
+        """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
+        waiting = [*self.in_state(RowState.WAITING), *self.in_state(RowState.CLUSTERED)]
+        return (now_ms - min((row.time_ms for row in waiting), default=now_ms)) / 1000
 
     def summary(self) -> dict[str, Any]:
         """Rows by state, and each cluster with its rows; safe to call while another thread moves rows."""

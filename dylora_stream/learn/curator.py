@@ -8,7 +8,7 @@ Each returns `Changes`, to be committed before anything of it is told to anyone;
 them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +70,7 @@ class Curator:
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
         self._tracks: dict[str, TrackRecord] = {}
+        self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
         self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
         self._sketching = BackOff(config.lifecycle.sketch_after_s)
         knowledge.refresh(self.registry)
@@ -78,9 +79,7 @@ class Curator:
 
     def buffer_age_s(self) -> float:
         """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
-        waiting = [*self._buffers.in_state(RowState.WAITING), *self._buffers.in_state(RowState.CLUSTERED)]
-        oldest_ms = min((row.time_ms for row in waiting), default=self._clock.now_ms())
-        return (self._clock.now_ms() - oldest_ms) / 1000
+        return self._buffers.age_s(self._clock.now_ms())
 
     def summary(self) -> Mapping[str, Any]:
         """Counts for people, as `Ledger.summary` gives them."""
@@ -100,6 +99,7 @@ class Curator:
         }
         for tenant in sorted({sample.tenant for sample in fresh.values()}):
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
+            self._ask_for_labels(tenant, changes)
         for late in feedback:
             self._label(late, changes)
         self._promote_mature(changes)
@@ -120,23 +120,22 @@ class Curator:
             self._buffers.put(row, changes)
             self._remember(row)
 
+    def _ask_for_labels(self, tenant: str, changes: Changes) -> None:
+        """Said once a buffer's worth of new rows without a right answer has come, and at each doubling."""
+        rows = sum(row.tenant == tenant for row in self._buffers.in_state(RowState.UNLABELLED))
+        if rows >= self._label_at[tenant]:
+            self._label_at[tenant] = 2 * rows
+            self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
+
     def _label(self, late: Feedback, changes: Changes) -> None:
         """A late answer joins its row; one without a row is reported."""
-        row = self._buffers.rows.get(str(late.position)) if late.position else self._by_request(late)
+        row = self._buffers.find(late)
         if row is None or row.tenant != late.tenant:
             entity = str(late.position or late.id)
             self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, {"tenant": late.tenant})
         elif row.output is None:
             state = RowState.WAITING if row.state is RowState.UNLABELLED else row.state
             self._buffers.put(replace(row, output=late.output, state=state), changes)
-
-    def _by_request(self, late: Feedback) -> LedgerRow | None:
-        found = (
-            row
-            for row in self._buffers.rows.values()
-            if row.request_id == late.id and row.tenant == late.tenant
-        )
-        return next(found, None)
 
     def _promote_mature(self, changes: Changes) -> None:
         """Experts whose record is long and good enough take their rows alone from now on."""
@@ -252,6 +251,7 @@ class Curator:
         self._reassign(changes)
         for tenant in self._buffers.tenants():
             self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
+        self._buffers.expire(self._clock.now_ms() - self._rules.expire_after_ms, changes)
         return changes
 
     def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:

@@ -19,6 +19,7 @@ class LifecycleConfig:
     sketch_rows: int = 16  # novel rows that make a sketch job worth its child
     sketch_after_s: float = 4.0  # ... or the oldest has waited this long
     filling_s: float = 60.0  # a buffer with a quarter of its rows that got one this recently comes first
+    expire_after_days: float = 30.0  # a cluster without a new row for so long is given up
     rows_to_consolidate: int = 96  # new rows of an expert since it was last trained
     max_consolidate_rows: int = 192  # its old rows among them
     rows_to_mature: int = 40  # answered since the expert went live, with a right answer to compare
@@ -40,8 +41,15 @@ class LifecycleConfig:
             raise ValueError(f"max_seed_rows must be at least rows_to_seed ({self.rows_to_seed})")
         if not 0 <= self.mature_accuracy <= 1:
             raise ValueError(f"mature_accuracy must lie between 0 and 1, not {self.mature_accuracy}")
+        if self.expire_after_days <= 0:
+            raise ValueError(f"expire_after_days must be above 0, not {self.expire_after_days}")
         if self.rejection_backoff <= 1:
             raise ValueError(f"rejection_backoff must be above 1, not {self.rejection_backoff}")
+
+    @property
+    def expire_after_ms(self) -> int:
+        """The same in milliseconds."""
+        return round(self.expire_after_days * 24 * 3600 * 1000)
 
     def rows_after_rejection(self, rows_wanted: int) -> int:
         """How many rows a cluster must have before the next attempt."""

@@ -348,3 +348,24 @@ def test_the_oldest_waiting_row_tells_the_buffers_age() -> None:
     desk.clock.advance(30)
     desk.take(["apple 1"])
     assert desk.curator.buffer_age_s() == 30
+
+
+def test_new_rows_without_answers_ask_for_them() -> None:
+    """`cluster.awaiting_labels` once a buffer's worth has come, and again only when it has doubled."""
+    desk = Desk()
+    few = desk.take(texts("apple", 0, RULES.rows_to_seed - 1), output=None)
+    assert not told(few, EventType.CLUSTER_AWAITING_LABELS)
+    enough = desk.take(texts("apple", RULES.rows_to_seed - 1, RULES.rows_to_seed), output=None)
+    assert len(told(enough, EventType.CLUSTER_AWAITING_LABELS)) == 1
+    again = desk.take(texts("apple", RULES.rows_to_seed, RULES.rows_to_seed + 1), output=None)
+    assert not told(again, EventType.CLUSTER_AWAITING_LABELS)
+
+
+def test_a_cluster_without_new_rows_is_given_up_by_record_time() -> None:
+    """Its rows are settled once the stream is that much further; a cluster that still grows stays."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, 5))
+    desk.clock.advance(RULES.expire_after_days * 24 * 3600 + 60)
+    desk.gather(texts("bolt", 0, 5))
+    assert {row.state for row in desk.of("apple")} == {RowState.SETTLED}
+    assert {row.state for row in desk.of("bolt")} == {RowState.CLUSTERED}
