@@ -4,6 +4,7 @@ Exit codes: 0 well, 1 failed, 2 a wrong setting or argument, 3 the broker, 4 a s
 143 SIGTERM.
 """
 
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -51,6 +52,7 @@ def main() -> NoReturn:
     SIGTERM unwinds like Ctrl-C, so that what a command started ends with it; the daemon's roles install their own.
     """
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take a core
     try:
         app()
     except DyloraError as error:
