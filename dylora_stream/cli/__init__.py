@@ -52,7 +52,9 @@ def main() -> NoReturn:
     SIGTERM unwinds like Ctrl-C, so that what a command started ends with it; the daemon's roles install their own.
     """
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take a core
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch: threads that wait must not take a core
     try:
         app()
     except DyloraError as error:

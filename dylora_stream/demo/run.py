@@ -129,7 +129,8 @@ def _conclude(
 def _overrides(config: DemoConfig, servers: str, tasks: Sequence[Task]) -> list[str]:
     """Flags of the demo's daemon; everything else is the product's default."""
     lengths = sorted(len(output) for task in tasks for _, output in task.rows)
-    long = lengths[len(lengths) * 95 // 100]  # one monster must not make every answer of the bare backbone long
+    # Not the longest: one monster must not make every answer of the bare backbone long.
+    long = lengths[len(lengths) * 95 // 100]
     return [
         f"kafka.bootstrap_servers={servers}",
         f"store.folder={config.folder / 'data'}",
