@@ -200,10 +200,17 @@ class LearnService:
             ahead = {
                 key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
             }
-            usable = [sample for sample in samples if sample.feature_space == self._training.feature_space]
+            usable = [sample for sample in samples if self._is_comparable(sample)]
             self._commit(self._curator.take(usable, feedback, ahead))
             self._positions |= ahead
             self._ports.metrics.sampled(usable)
+
+    def _is_comparable(self, sample: Sample) -> bool:
+        """Features of another backbone or stem say nothing here; such a sample is left out, and said to be."""
+        if sample.feature_space == self._training.feature_space:
+            return True
+        log.warning("sample_unreadable", position=str(sample.position), reason="other_feature_space")
+        return False
 
     def _next_offset(self, record: RawRecord) -> int:
         return self._positions.get((record.position.topic, record.position.partition), 0)

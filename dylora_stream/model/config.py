@@ -51,13 +51,10 @@ class PoolConfig:
     """Experts that can be served at once; memory grows with it (3.6 MB a slot at rank 8 in bfloat16), time does not."""
     rank: int = 8
     """Largest rank of an expert; smaller ones are padded with zeros."""
-    top_m: int = 3
-    """Experts (the backbone counts as one) that may share a row."""
 
     def __post_init__(self) -> None:
         _at_least("pool.slots", self.slots, 1)
         _at_least("pool.rank", self.rank, 1)
-        _at_least("pool.top_m", self.top_m, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
