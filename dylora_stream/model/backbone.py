@@ -5,7 +5,7 @@ layers as `Linear` and GPT-2's `Conv1D`. Nothing here changes a weight. Rows are
 end where generation goes on; padding is known by the attention mask alone (SmolLM2's pad and end token are one id).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +188,18 @@ class Backbone:
         longest = int((tokens.labels != IGNORED).sum(1).max())
         logits = self.model(**tokens.inputs(), use_cache=False, logits_to_keep=longest + 1).logits
         return logits[tokens.answer_positions()[:, -(longest + 1) :]]
+
+    def next_logits(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """((B, V) logits behind the last position, the cache) of one pass; inputs as the model takes them.
+
+        The last states are cut out before the head: over a slice of (B, T, d) torch copies the head's weights for each
+        row, which took a third of a batch's time (16 to 32 rows, 10 to 60 new tokens).
+        """
+        if self.has_plain_head:
+            output = self.body(**inputs, use_cache=True)
+            return self.head(output[0][:, -1].contiguous()), output.past_key_values
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output.past_key_values
 
 
 def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:

@@ -29,7 +29,7 @@ def generate(backbone: Backbone, pool: Pool, tokens: Tokens, max_new_tokens: int
     rows = list(range(len(written)))  # of the batch's current rows
     is_open = [True] * len(written)
     mask, position = tokens.attention_mask, tokens.position_ids[:, -1:]
-    last, cache = _prefill(backbone, tokens)
+    last, cache = backbone.next_logits(tokens.inputs())
     for step in range(max_new_tokens):
         following = last.argmax(-1)  # (B,)
         for row, token in zip(rows, following.tolist(), strict=True):
@@ -48,14 +48,8 @@ def generate(backbone: Backbone, pool: Pool, tokens: Tokens, max_new_tokens: int
             pool.keep_rows(index)
         mask = nn.functional.pad(mask, (0, 1), value=1)
         position = position + 1
-        last = backbone.model(
-            input_ids=following[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {"input_ids": following[:, None], "attention_mask": mask, "position_ids": position}
+        last, cache = backbone.next_logits(inputs | {"past_key_values": cache})
     return written
 
 
@@ -69,7 +63,7 @@ def rank_choices(
     """
     targets = [target for row in choices for target in row]
     owners = [row for row, row_choices in enumerate(choices) for _ in row_choices]
-    last, cache = _prefill(backbone, tokens)
+    last, cache = backbone.next_logits(tokens.inputs())
     first = last.float().log_softmax(-1)  # (B, V): the choices' first tokens need no pass of their own
     scores: list[float] = []
     for start in range(0, len(targets), CHOICE_ROWS):
@@ -116,12 +110,6 @@ def _following(
     each = -nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
     owner = torch.arange(len(targets), device=device).repeat_interleave(sizes)
     return torch.zeros(len(targets), device=device).index_add(0, owner, each)
-
-
-def _prefill(backbone: Backbone, tokens: Tokens) -> tuple[Tensor, Any]:
-    """((B, V) logits behind the prompts, the cache)."""
-    output = backbone.model(**tokens.inputs(), use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1], output.past_key_values
 
 
 def _expanded(cache: Any, index: Tensor) -> Any:
