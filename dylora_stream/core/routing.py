@@ -59,13 +59,15 @@ class Routing:
     """Experts and weights of n rows.
 
     experts: (n, m) int64, index into the registry's experts, -1 = the backbone. weights: (n, m) float32. Members
-    stand in descending order of weight. Padding is expert -1 with weight 0.
-    Invariant: weights of a row sum to 1; a dense row has at least two members with weight; a sparse row has one.
+    stand in descending order of weight. Padding is expert -1 with weight 0. rank_weights: (n, m, r) float32 where a
+    gate weighs ranks by row; they take the place of `weights`, which then says how much of a member is used.
+    Invariant: a dense row has at least two members with weight, unless there is one expert; a sparse row has one.
     """
 
     experts: np.ndarray
     weights: np.ndarray
     policies: tuple[Policy, ...]
+    rank_weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.policies)

@@ -138,7 +138,7 @@ class LiveExperts:
         def decide(stem: StemOutput) -> None:
             current.features = stem.features.cpu().numpy()
             current.routed = self._router.route(stem, allowed)
-            self.pool.set_gates(*self.gates(current.routed.routing))
+            self.pool.set_gates(*self.gates(current.routed.routing), self._parts.gate.ranks)
 
         try:
             with self.hook.routing(prompt_mask, decide):
@@ -147,8 +147,9 @@ class LiveExperts:
             self.pool.no_gates()
 
     def gates(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """(slots (B, m) int64, weights (B, m) float32) of a routing."""
-        return self.slots_of(routing.experts), torch.from_numpy(routing.weights)
+        """(slots (B, m) int64, weights (B, m) or (B, m, r) float32) of a routing."""
+        weights = routing.weights if routing.rank_weights is None else routing.rank_weights
+        return self.slots_of(routing.experts), torch.from_numpy(weights)
 
     def slots_of(self, experts: np.ndarray) -> Tensor:
         """Slots of experts' indices, -1 being the backbone; int64 in the shape given."""

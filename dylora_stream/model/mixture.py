@@ -10,13 +10,17 @@ skipped. Two ways to compute the sum, both with two products and the same result
 
 Blocks are gathered when a layer first needs them and kept until the gates change, so decoding gathers once.
 
+A gate may weigh single ranks as well, a row (weights (B, m, r)) or a token and layer (a `RankGate`, asked in the middle
+of every adapted layer). A young expert, whose A and B are still being trained, stands beside the pool's as
+YOUNG_SLOT: an expert that learns among others is computed by the very code that will serve it.
+
 Invariant: a row whose members are all slot 0 gets the base output bit for bit; a batch of such rows costs nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +31,47 @@ from dylora_stream.model.backbone import Backbone, linear_shape
 from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.features import stem_features
 
-__all__ = ["BACKBONE_SLOT", "Pool", "StemHook", "StemOutput"]
+__all__ = ["BACKBONE_SLOT", "YOUNG_SLOT", "LayerView", "Pool", "RankGate", "StemHook", "StemOutput"]
 
 BACKBONE_SLOT = 0  # the null expert: no blocks
+YOUNG_SLOT = -1  # the expert that is being trained
 # Distinct experts in a batch, for each member of a row, up to which the shared way is faster.
 SHARED_EXPERTS = 4
 SHARED_EXPERTS_BFLOAT16 = 8  # batched products are slow there
 
 
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer name → A (r, d_in), B (d_out, r)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One adapted layer in the middle of a pass, as a rank gate sees it."""
+
+    layer: str
+    inputs: Tensor  # (B, T, d_in) x
+    low: Tensor  # (B, T, D, r) A x of the distinct experts
+    slots: Tensor  # (D,) int64 of the distinct experts
+    shares: Tensor  # (B, D) float32, 0 where an expert is not a member of the row
+    states: Tensor  # (B, T, d) the stem's output in this pass
+
+
+class RankGate(Protocol):
+    """Weighs ranks, a token and layer."""
+
+    def weigh(self, view: LayerView) -> Tensor:
+        """Weights that broadcast to (B, T, D, r); they multiply the rows' shares."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Gates:
-    """Who answers each row. `shares` (B, D) over the distinct slots; `slots`, `weights` (B, m) row by row."""
+    """Who answers each row. `shares` (B, D) or (B, D, r) over the distinct slots; `slots`, `weights` row by row."""
 
     distinct: Tensor  # (D,) int64
-    shares: Tensor  # (B, D) float32
+    shares: Tensor  # (B, D) or (B, D, r) float32
     slots: Tensor  # (B, m) int64
-    weights: Tensor  # (B, m) float32
+    weights: Tensor  # (B, m) or (B, m, r) float32
     is_shared: bool  # which way the sum is computed
+    ranks: RankGate | None = None
 
     def rows(self, index: Tensor) -> "_Gates":
         return replace(self, shares=self.shares[index], slots=self.slots[index], weights=self.weights[index])
@@ -62,12 +90,36 @@ class Pool:
         self._gates: _Gates | None = None
         self._blocks: dict[str, tuple[Tensor, Tensor]] = {}
         self._scale: Tensor | None = None
+        self._young: tuple[Pairs, float] | None = None
+        self._states = torch.empty(0)
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+        first = backbone.layers[backbone.stem_layers]
+        self._handles.append(first.register_forward_pre_hook(self._keep_states, with_kwargs=True))
 
     @property
     def slots(self) -> int:
         """Places for experts; their numbers are 1 … slots."""
         return self._config.slots
+
+    @property
+    def rank(self) -> int:
+        """Ranks of a slot."""
+        return self._config.rank
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Adapted layer → (d_in, d_out), in the model's order."""
+        return self._shapes
+
+    def blocks(self, slot: int, layer: str) -> tuple[Tensor, Tensor]:
+        """(A (r, d_in), B (d_out, r)) of a slot, views of the pool, or of the young expert, its scale within B."""
+        if slot != YOUNG_SLOT:
+            return self._a[layer][slot], self._b[layer][slot].t()
+        if self._young is None:
+            raise ValueError("no expert is being trained")
+        pairs, scale = self._young
+        a, b = pairs[layer]
+        return a, b * scale
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot; layers it does not name get none. Raises ModelMismatch before it writes."""
@@ -99,29 +151,43 @@ class Pool:
         for blocks in (*self._a.values(), *self._b.values()):
             blocks[slot] = 0
 
-    def set_gates(self, slots: Tensor, weights: Tensor) -> None:
-        """From now on row i of a batch is answered by `slots` (B, m) int64 with `weights` (B, m) float32.
+    @contextmanager
+    def training(self, pairs: Pairs, scale: float) -> Iterator[None]:
+        """Within: YOUNG_SLOT is these pairs of the pool's rank, with gradients; `scale` multiplies B A x."""
+        self._young = (pairs, scale)
+        try:
+            yield
+        finally:
+            self._young = None
+            self.no_gates()
+
+    def set_gates(self, slots: Tensor, weights: Tensor, ranks: RankGate | None = None) -> None:
+        """From now on row i of a batch is answered by `slots` (B, m) int64 with `weights` (B, m) or (B, m, r) float32.
 
         Weights may carry gradients. The backbone's share is whatever the members of slot 0 have: it adds nothing.
+        `ranks` weighs the ranks of the members token by token.
         """
         slots = slots.cpu()
         is_expert = slots != BACKBONE_SLOT
         if not weights.requires_grad:
-            is_expert &= weights.detach().cpu() != 0
+            has_weight = weights.detach().cpu() != 0
+            is_expert &= has_weight.any(-1) if weights.ndim > slots.ndim else has_weight
         self._set(None)
         if not is_expert.any():
             return
         members = int(is_expert.sum(1).max())
         front = (~is_expert).int().argsort(dim=1, stable=True)[:, :members]  # members with blocks first
         slots = torch.where(is_expert, slots, BACKBONE_SLOT).gather(1, front)
-        weights = torch.where(is_expert.to(self._device), weights.to(self._device), 0.0)
-        weights = weights.gather(1, front.to(self._device))
+        weights = _chosen(weights.to(self._device), is_expert.to(self._device), front.to(self._device))
         distinct = slots[slots != BACKBONE_SLOT].unique()
-        member = slots[:, :, None] == distinct  # (B, m, D)
-        shares = (weights[:, :, None] * member.to(self._device)).sum(1)
+        member = (slots[:, :, None] == distinct).to(self._device)  # (B, m, D)
+        shares = torch.einsum("bm...,bmd->bd...", weights, member.to(weights.dtype))
         limit = SHARED_EXPERTS_BFLOAT16 if self._dtype is torch.bfloat16 else SHARED_EXPERTS
-        is_shared = len(distinct) <= limit * members
-        self._set(_Gates(distinct.to(self._device), shares, slots.to(self._device), weights, is_shared))
+        is_shared = ranks is not None or weights.ndim > slots.ndim or self._young is not None
+        is_shared |= len(distinct) <= limit * members
+        self._set(
+            _Gates(distinct.to(self._device), shares, slots.to(self._device), weights, is_shared, ranks)
+        )
 
     def keep_rows(self, index: Tensor) -> None:
         """Go on with these rows of the batch, in this order, repeats allowed: index (B',) int64."""
@@ -166,9 +232,8 @@ class Pool:
             return
         scale = gates.shares if gates.is_shared else gates.weights
         if scale.requires_grad or not bool((scale == 1).all()):
-            self._scale = scale.to(self._dtype).repeat_interleave(self._config.rank, dim=1)[
-                :, None
-            ]  # (B, 1, n·r)
+            each = scale if scale.ndim == 3 else scale[:, :, None].expand(-1, -1, self._config.rank)
+            self._scale = each.to(self._dtype).flatten(1)[:, None]  # (B, 1, n·r)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -189,6 +254,7 @@ class Pool:
         a, b = blocks
         if gates.is_shared:
             low = nn.functional.linear(x, a)  # (B, T, D·r)
+            low = low if gates.ranks is None else self._weighed(name, x, low, gates, gates.ranks)
             low = low if self._scale is None else low * self._scale
             whole = torch.addmm(output.view(-1, shape[-1]), low.view(-1, low.shape[-1]), b)
         else:
@@ -197,15 +263,39 @@ class Pool:
             whole = torch.baddbmm(output, low, b)
         return whole.view(shape)
 
+    def _weighed(self, name: str, x: Tensor, low: Tensor, gates: _Gates, ranks: RankGate) -> Tensor:
+        apart = low.view(*low.shape[:-1], len(gates.distinct), self._config.rank)  # (B, T, D, r)
+        view = LayerView(name, x, apart, gates.distinct, gates.shares, self._states)
+        return (apart * ranks.weigh(view).to(low.dtype)).view(low.shape)
+
     def _gather(self, name: str, gates: _Gates) -> tuple[Tensor, Tensor]:
         chosen = gates.distinct if gates.is_shared else gates.slots
+        if self._young is not None:
+            return self._gather_with_young(name, chosen)
         a, b = self._a[name][chosen].flatten(-3, -2), self._b[name][chosen].flatten(-3, -2)
         return (a, b) if gates.is_shared else (a.transpose(1, 2), b)  # a: (D·r, d_in) or (B, d_in, m·r)
+
+    def _gather_with_young(self, name: str, distinct: Tensor) -> tuple[Tensor, Tensor]:
+        """The shared way's blocks, (D·r, d_in) and (D·r, d_out), in the order of the distinct slots."""
+        blocks = [self.blocks(slot, name) for slot in distinct.tolist()]
+        a = torch.cat([a.to(self._dtype) for a, _ in blocks])
+        return a, torch.cat([b.t().to(self._dtype) for _, b in blocks])
+
+    def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._states = args[0] if args else kwargs["hidden_states"]
 
     def _empty(self, width: int) -> Tensor:
         """Blocks of every slot, (slots + 1, r, width); B lies transposed, so that blocks of both stack along r."""
         shape = (self._config.slots + 1, self._config.rank, width)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+
+def _chosen(weights: Tensor, is_expert: Tensor, front: Tensor) -> Tensor:
+    """Weights of the members at `front` (B, m'), 0 where they are no experts; (B, m') or (B, m', r)."""
+    if weights.ndim == 2:
+        return torch.where(is_expert, weights, 0.0).gather(1, front)
+    kept = torch.where(is_expert[:, :, None], weights, 0.0)
+    return kept.gather(1, front[:, :, None].expand(-1, -1, weights.shape[2]))
 
 
 @dataclass(frozen=True, slots=True)

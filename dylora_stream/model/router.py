@@ -47,6 +47,7 @@ class Router:
     def __init__(
         self, statistics: Sequence[ExpertStatistics], network: RouterNetwork | None, parts: RouterParts
     ) -> None:
+        self._expert_ids = tuple(expert.expert_id for expert in statistics)
         self._tenants = np.array([expert.tenant for expert in statistics], dtype=object)
         self._is_mature = np.array([expert.is_mature for expert in statistics], dtype=bool)
         self._network, self._gate = network, parts.gate
@@ -81,6 +82,7 @@ class Router:
             is_mature=self._is_mature,
             discriminant=self.discriminant,
             network=self._network,
+            expert_ids=self._expert_ids,
         )
         return Routed(self._gate.decide(stem, scene), scores)
 

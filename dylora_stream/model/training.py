@@ -4,6 +4,9 @@ Three savings, none of which changes the result: logits are computed at answer p
 row is computed once and kept (where that is proved equal on a batch, else every pass is whole); the backbone's weights
 take no gradient. Same rows, recipe, seed and thread count give the same bits.
 
+An expert trains alone, or in company: among experts that stand already, as methods ask for whose experts share rows
+while they learn (the sum of O-LoRA, the competing ranks of MoRAM).
+
 Invariant: the backbone's weights are bit-identical afterwards, and no hook stays behind.
 """
 
@@ -11,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,7 +26,9 @@ from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
 from dylora_stream.model.features import LabelledText, length_sorted, stem_states
 
-__all__ = ["RowScores", "Trained", "TrainingOptions", "attached", "row_losses", "score_rows", "train_expert"]
+__all__ = [
+    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "row_losses", "score_rows", "train_expert",
+]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
@@ -32,6 +37,28 @@ SCORE_BATCH = 16  # rows of one scoring pass
 Progress = Callable[[int, int, float], None]
 Gate = Callable[[list[int], Tokens], AbstractContextManager[Any]]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Company(Protocol):
+    """Whom a new expert trains among, and what is trained with it."""
+
+    trains_a: bool
+    """Whether A moves; FlyLoRA's stays as it was drawn."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What moves beside the pairs, at the recipe's rate."""
+
+    def joined(self, pairs: Pairs, scale: float) -> AbstractContextManager[None]:
+        """Around the whole training: within, the pairs take part in every pass."""
+
+    def batch(self, tokens: Tokens) -> AbstractContextManager[None]:
+        """Around the forward pass of a step: sets the gates."""
+
+    def penalty(self, pairs: Pairs) -> Tensor | None:
+        """Added to a step's loss."""
+
+    def stepped(self) -> None:
+        """Called after each step; biases that move by a rule move here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +73,8 @@ class TrainingOptions:
     """Called with (step, steps, loss) after each step."""
     may_cache_stem: bool = True
     """Keep the stem's output of each row, where that is proved equal."""
+    company: Company | None = None
+    """None: the expert trains alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +122,23 @@ def train_expert(
         raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
     order = np.random.default_rng(options.seed)
     pairs, scale = _initial(backbone, recipe, options)
-    optimizer = _optimizer(pairs, recipe)
+    company = options.company
+    optimizer = _optimizer(pairs, recipe, company)
     steps = steps_of(len(usable), recipe)
     losses: list[float] = []
     stem = _StemCache.proved(backbone, usable) if options.may_cache_stem else None
-    with attached(backbone, pairs, scale), stem or nullcontext(), torch.enable_grad():
+    joined = company.joined(pairs, scale) if company else attached(backbone, pairs, scale)
+    with joined, stem or nullcontext(), torch.enable_grad():
         for chosen in _batches(usable, recipe, order):
             _set_rate(optimizer, rate_at(len(losses), steps, recipe), recipe)
             tokens = _padded(backbone, [usable[row] for row in chosen])
             if stem is not None:
                 stem.put(chosen, tokens)
-            losses.append(_step(backbone, tokens, optimizer, recipe))
+            loss = _loss(backbone, tokens, pairs, company)
+            _update(loss, optimizer, recipe)
+            losses.append(float(loss.detach()))
+            if company is not None:
+                company.stepped()
             if options.progress is not None:
                 options.progress(len(losses), steps, losses[-1])
     if not np.isfinite(losses).all():
@@ -270,25 +305,41 @@ def _initial(
     }, scale
 
 
-def _optimizer(pairs: Pairs, recipe: Recipe) -> torch.optim.AdamW:
-    groups = [{"params": [a for a, _ in pairs.values()]}, {"params": [b for _, b in pairs.values()]}]
-    return torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=recipe.weight_decay, foreach=True)
+def _optimizer(pairs: Pairs, recipe: Recipe, company: Company | None) -> torch.optim.AdamW:
+    """Groups: A, B, and what the company trains beside them."""
+    for a, _ in pairs.values():
+        a.requires_grad_(company is None or company.trains_a)
+    beside = list(company.parameters()) if company else []
+    groups = [[a for a, _ in pairs.values()], [b for _, b in pairs.values()], *([beside] if beside else [])]
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups],
+        lr=recipe.rate,
+        weight_decay=recipe.weight_decay,
+        foreach=True,
+    )
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float, recipe: Recipe) -> None:
-    of_a, of_b = optimizer.param_groups
-    of_a["lr"], of_b["lr"] = rate, rate * recipe.loraplus_ratio
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.param_groups[1]["lr"] = rate * recipe.loraplus_ratio
 
 
-def _step(backbone: Backbone, tokens: Tokens, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
-    """One forward, backward and update; the mean loss of the batch's answer tokens."""
-    loss = nn.functional.cross_entropy(backbone.answer_logits(tokens).float(), tokens.answer_ids())
+def _loss(backbone: Backbone, tokens: Tokens, pairs: Pairs, company: Company | None) -> Tensor:
+    """The mean loss of the batch's answer tokens, and the company's penalty."""
+    with company.batch(tokens) if company else nullcontext():
+        logits = backbone.answer_logits(tokens).float()
+    loss = nn.functional.cross_entropy(logits, tokens.answer_ids())
+    penalty = company.penalty(pairs) if company else None
+    return loss if penalty is None else loss + penalty
+
+
+def _update(loss: Tensor, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     optimizer.step()
-    return float(loss.detach())
 
 
 def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -> Iterator[list[int]]:

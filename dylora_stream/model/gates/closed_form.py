@@ -7,13 +7,13 @@ import numpy as np
 
 from dylora_stream.core.messages import Policy
 from dylora_stream.core.routing import NULL_EXPERT, Routing, to_backbone
-from dylora_stream.model.gates.base import Scene
+from dylora_stream.model.gates.base import Scene, Untrained
 from dylora_stream.model.mixture import StemOutput
 
 __all__ = ["ClosedFormGate"]
 
 
-class ClosedFormGate:
+class ClosedFormGate(Untrained):
     """One expert a row, by the linear discriminant alone."""
 
     name = "closed_form"

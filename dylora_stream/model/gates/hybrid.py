@@ -9,13 +9,13 @@ dense-to-sparse gating).
 import torch
 
 from dylora_stream.core.routing import Routing, RoutingConfig, decide, to_backbone
-from dylora_stream.model.gates.base import Scene
+from dylora_stream.model.gates.base import Scene, Untrained
 from dylora_stream.model.mixture import StemOutput
 
 __all__ = ["HybridGate"]
 
 
-class HybridGate:
+class HybridGate(Untrained):
     """Dense for rows that a nascent expert takes part in, top-1 for a mature winner, backbone for rows beyond all."""
 
     name = "hybrid"
