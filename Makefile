@@ -77,7 +77,7 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.development: $(VENV)/.runtime
-	@echo 'Installing the tools that check it (pytest, ruff, mypy, …): about 40 MB'
+	@echo 'Installing the tools that check and measure it (pytest, ruff, mypy, matplotlib, …): about 60 MB'
 	@$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[dev]' | $(PIP_OUTPUT)
 	@touch $@
 
