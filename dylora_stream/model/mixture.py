@@ -3,12 +3,13 @@
 Every adapted linear layer gives `W x + Σ g·B A x`. A's and B's lie in preallocated slots; slot 0 is the backbone and is
 skipped. Two ways to compute the sum, both with two products and the same result:
 
-- shared: the blocks of the few distinct experts of a batch stand beside each other in one matrix, and every row scales
-  each expert's part by its gate, 0 for most. Best for few experts, above all while decoding (bfloat16, 16 rows: 1.2 of
-  the bare pass against 1.4).
+- shared: the blocks of the distinct experts of a batch stand beside each other in one matrix, and every row scales each
+  expert's part by its gate, 0 for most. Best for few experts, and while decoding, where a pass has few tokens.
 - gathered: each row gathers its own blocks (`bmm`, `baddbmm`). Its cost does not grow with the experts in a batch.
 
-Blocks are gathered when a layer first needs them and kept until the gates change, so decoding gathers once.
+Layers that read the same tensor (query, key, value; gate, up) share one product with all their A: small products
+cost what starting them costs. Blocks are gathered when a pass first needs them and kept until the gates change, so
+decoding gathers once.
 
 A gate may weigh single ranks as well, a row (weights (B, m, r)) or a token and layer (a `RankGate`, asked in the middle
 of every adapted layer). A young expert, whose A and B are still being trained, stands beside the pool's as
@@ -19,7 +20,7 @@ Invariant: a row whose members are all slot 0 gets the base output bit for bit; 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,7 @@ YOUNG_SLOT = -1  # the expert that is being trained
 # Distinct experts in a batch, for each member of a row, up to which the shared way is faster.
 SHARED_EXPERTS = 4
 SHARED_EXPERTS_BFLOAT16 = 8  # batched products are slow there
+SHARED_EXPERTS_DECODING = 32  # where a row has a single token
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer name → A (r, d_in), B (d_out, r)
@@ -70,11 +72,27 @@ class _Gates:
     shares: Tensor  # (B, D) or (B, D, r) float32
     slots: Tensor  # (B, m) int64
     weights: Tensor  # (B, m) or (B, m, r) float32
-    is_shared: bool  # which way the sum is computed
+    shared_experts: tuple[
+        int, int
+    ]  # distinct experts up to which the shared way is taken: one token a row, more
     ranks: RankGate | None = None
+
+    def is_shared(self, tokens: int) -> bool:
+        """Which way a pass of so many tokens a row is computed."""
+        return len(self.distinct) <= self.shared_experts[tokens > 1]
 
     def rows(self, index: Tensor) -> "_Gates":
         return replace(self, shares=self.shares[index], slots=self.slots[index], weights=self.weights[index])
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a pass computes once for as long as the gates stay."""
+
+    blocks: dict[tuple[tuple[str, ...], bool, bool], Tensor] = field(default_factory=dict)
+    scales: dict[tuple[int, bool], Tensor | None] = field(default_factory=dict)
+    read: Tensor | None = None  # what the last layers read, and their common product
+    low: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Pool:
@@ -87,9 +105,9 @@ class Pool:
         self._shapes = {name: linear_shape(module) for name, module in modules.items()}
         self._a = {name: self._empty(d_in) for name, (d_in, _) in self._shapes.items()}
         self._b = {name: self._empty(d_out) for name, (_, d_out) in self._shapes.items()}
+        self._siblings = _siblings(backbone, modules)
         self._gates: _Gates | None = None
-        self._blocks: dict[str, tuple[Tensor, Tensor]] = {}
-        self._scale: Tensor | None = None
+        self._kept = _Kept()
         self._young: tuple[Pairs, float] | None = None
         self._states = torch.empty(0)
         self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
@@ -182,31 +200,26 @@ class Pool:
         distinct = slots[slots != BACKBONE_SLOT].unique()
         member = (slots[:, :, None] == distinct).to(self._device)  # (B, m, D)
         shares = torch.einsum("bm...,bmd->bd...", weights, member.to(weights.dtype))
-        limit = SHARED_EXPERTS_BFLOAT16 if self._dtype is torch.bfloat16 else SHARED_EXPERTS
-        is_shared = ranks is not None or weights.ndim > slots.ndim or self._young is not None
-        is_shared |= len(distinct) <= limit * members
-        self._set(
-            _Gates(distinct.to(self._device), shares, slots.to(self._device), weights, is_shared, ranks)
-        )
+        must_share = ranks is not None or weights.ndim > slots.ndim or self._young is not None
+        limits = self._shared_experts(members, len(distinct) if must_share else 0)
+        self._set(_Gates(distinct.to(self._device), shares, slots.to(self._device), weights, limits, ranks))
 
     def keep_rows(self, index: Tensor) -> None:
         """Go on with these rows of the batch, in this order, repeats allowed: index (B',) int64."""
-        if self._gates is None:
-            return
-        gates, blocks = self._gates.rows(index), self._blocks
-        self._set(gates)
-        if gates.is_shared:
-            self._blocks = blocks
+        if self._gates is not None:
+            shared = {key: blocks for key, blocks in self._kept.blocks.items() if key[1]}
+            self._set(self._gates.rows(index))
+            self._kept.blocks.update(shared)
 
     @contextmanager
     def rows(self, index: Tensor) -> Iterator[None]:
         """Within: `keep_rows`; afterwards the gates as they were."""
-        before = (self._gates, self._blocks, self._scale)
+        before = (self._gates, self._kept)
         self.keep_rows(index)
         try:
             yield
         finally:
-            self._gates, self._blocks, self._scale = before
+            self._gates, self._kept = before
 
     def no_gates(self) -> None:
         """From now on the bare backbone answers."""
@@ -227,13 +240,12 @@ class Pool:
             handle.remove()
 
     def _set(self, gates: _Gates | None) -> None:
-        self._gates, self._blocks, self._scale = gates, {}, None
-        if gates is None:
-            return
-        scale = gates.shares if gates.is_shared else gates.weights
-        if scale.requires_grad or not bool((scale == 1).all()):
-            each = scale if scale.ndim == 3 else scale[:, :, None].expand(-1, -1, self._config.rank)
-            self._scale = each.to(self._dtype).flatten(1)[:, None]  # (B, 1, n·r)
+        self._gates, self._kept = gates, _Kept()
+
+    def _shared_experts(self, members: int, least: int) -> tuple[int, int]:
+        """Of rows of one token, and of more."""
+        limit = SHARED_EXPERTS_BFLOAT16 if self._dtype is torch.bfloat16 else SHARED_EXPERTS
+        return max(SHARED_EXPERTS_DECODING * members, least), max(limit * members, least)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -242,44 +254,74 @@ class Pool:
         return add
 
     def _added(self, name: str, x: Tensor, output: Tensor, gates: _Gates) -> Tensor:
-        rows = len(gates.slots)
-        shape = output.shape
-        x, output = (
-            x.reshape(rows, -1, x.shape[-1]),
-            output.reshape(rows, -1, shape[-1]),
-        )  # some models flatten (B·T, d)
-        blocks = self._blocks.get(name)
-        if blocks is None:
-            blocks = self._blocks[name] = self._gather(name, gates)
-        a, b = blocks
-        if gates.is_shared:
-            low = nn.functional.linear(x, a)  # (B, T, D·r)
-            low = low if gates.ranks is None else self._weighed(name, x, low, gates, gates.ranks)
-            low = low if self._scale is None else low * self._scale
-            whole = torch.addmm(output.view(-1, shape[-1]), low.view(-1, low.shape[-1]), b)
+        shape, rows = output.shape, len(gates.slots)
+        inputs = x.reshape(rows, -1, x.shape[-1])  # some models flatten (B·T, d)
+        is_shared = gates.is_shared(inputs.shape[1])
+        low, b = self._low(name, x, inputs, gates), self._gathered(self._b, (name,), gates, shared=is_shared)
+        if is_shared:
+            whole = torch.addmm(output.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1]), b)
         else:
-            low = torch.bmm(x, a)  # (B, T, m·r)
-            low = low if self._scale is None else low * self._scale
-            whole = torch.baddbmm(output, low, b)
+            whole = torch.baddbmm(output.reshape(rows, -1, shape[-1]), low, b)
         return whole.view(shape)
+
+    def _low(self, name: str, x: Tensor, inputs: Tensor, gates: _Gates) -> Tensor:
+        """(B, T, n·r): g · A x of a layer, cut out of its siblings' common product."""
+        siblings = self._siblings[name]
+        if self._kept.read is not x:
+            self._kept.read, self._kept.low = x, self._product(siblings, inputs, gates)
+        place, width = siblings.index(name), self._kept.low.shape[-1] // len(siblings)
+        low = self._kept.low[..., place * width : (place + 1) * width]
+        if gates.ranks is None:
+            return low
+        low, scale = (
+            self._weighed(name, inputs, low, gates, gates.ranks),
+            self._scale(gates, 1, is_shared=True),
+        )
+        return low if scale is None else low * scale
+
+    def _product(self, names: tuple[str, ...], inputs: Tensor, gates: _Gates) -> Tensor:
+        """(B, T, layers·n·r): A x of layers that read the same tensor, times the gates unless ranks come between."""
+        is_shared = gates.is_shared(inputs.shape[1])
+        a = self._gathered(self._a, names, gates, shared=is_shared)
+        low = nn.functional.linear(inputs, a) if is_shared else torch.bmm(inputs, a.transpose(1, 2))
+        scale = None if gates.ranks else self._scale(gates, len(names), is_shared=is_shared)
+        return low if scale is None else low * scale
+
+    def _scale(self, gates: _Gates, layers: int, *, is_shared: bool) -> Tensor | None:
+        """(B, 1, layers·n·r) in the backbone's type; None where it is 1 everywhere."""
+        key = (layers, is_shared)
+        if key not in self._kept.scales:
+            share = gates.shares if is_shared else gates.weights
+            is_one = not share.requires_grad and bool((share == 1).all())
+            each = share if share.ndim == 3 else share[:, :, None].expand(-1, -1, self._config.rank)
+            whole = each.to(self._dtype).flatten(1).repeat(1, layers)[:, None]
+            self._kept.scales[key] = None if is_one else whole
+        return self._kept.scales[key]
 
     def _weighed(self, name: str, x: Tensor, low: Tensor, gates: _Gates, ranks: RankGate) -> Tensor:
         apart = low.view(*low.shape[:-1], len(gates.distinct), self._config.rank)  # (B, T, D, r)
         view = LayerView(name, x, apart, gates.distinct, gates.shares, self._states)
         return (apart * ranks.weigh(view).to(low.dtype)).view(low.shape)
 
-    def _gather(self, name: str, gates: _Gates) -> tuple[Tensor, Tensor]:
-        chosen = gates.distinct if gates.is_shared else gates.slots
-        if self._young is not None:
-            return self._gather_with_young(name, chosen)
-        a, b = self._a[name][chosen].flatten(-3, -2), self._b[name][chosen].flatten(-3, -2)
-        return (a, b) if gates.is_shared else (a.transpose(1, 2), b)  # a: (D·r, d_in) or (B, d_in, m·r)
+    def _gathered(
+        self, whole: Mapping[str, Tensor], names: tuple[str, ...], gates: _Gates, *, shared: bool
+    ) -> Tensor:
+        """Blocks of A or B of the layers beside each other: (layers·D·r, d), or row by row (B, layers·m·r, d)."""
+        key = (names, shared, whole is self._a)
+        blocks = self._kept.blocks.get(key)
+        if blocks is None:
+            chosen = gates.distinct if shared else gates.slots
+            parts = [self._taken(whole, name, chosen).flatten(-3, -2) for name in names]
+            blocks = self._kept.blocks[key] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        return blocks
 
-    def _gather_with_young(self, name: str, distinct: Tensor) -> tuple[Tensor, Tensor]:
-        """The shared way's blocks, (D·r, d_in) and (D·r, d_out), in the order of the distinct slots."""
-        blocks = [self.blocks(slot, name) for slot in distinct.tolist()]
-        a = torch.cat([a.to(self._dtype) for a, _ in blocks])
-        return a, torch.cat([b.t().to(self._dtype) for _, b in blocks])
+    def _taken(self, whole: Mapping[str, Tensor], name: str, chosen: Tensor) -> Tensor:
+        """(…, r, d) blocks of one layer, in the backbone's type."""
+        if self._young is None:
+            return whole[name][chosen]
+        half = 0 if whole is self._a else 1
+        blocks = [self.blocks(slot, name)[half].to(self._dtype) for slot in chosen.tolist()]
+        return torch.stack(blocks if half == 0 else [b.t() for b in blocks])
 
     def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._states = args[0] if args else kwargs["hidden_states"]
@@ -296,6 +338,31 @@ def _chosen(weights: Tensor, is_expert: Tensor, front: Tensor) -> Tensor:
         return torch.where(is_expert, weights, 0.0).gather(1, front)
     kept = torch.where(is_expert[:, :, None], weights, 0.0)
     return kept.gather(1, front[:, :, None].expand(-1, -1, weights.shape[2]))
+
+
+@torch.no_grad()
+def _siblings(backbone: Backbone, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Layer → the layers that read the very tensor that it reads, itself among them; found by a pass of one token."""
+    readers: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            found = next((names for x, names in readers if x is args[0]), None)
+            if found is None:
+                readers.append((args[0], [name]))
+            else:
+                found.append(name)
+
+        return read
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        backbone.body(**backbone.pad([[backbone.eos_id]]).inputs(), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = {name: tuple(names) for _, names in readers for name in names}
+    return {name: groups.get(name, (name,)) for name in modules}
 
 
 @dataclass(frozen=True, slots=True)
