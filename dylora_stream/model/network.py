@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dylora_stream.core.errors import ExpertCorrupt, ModelMismatch
 
-__all__ = ["ROUTER_FILE", "RouterNetwork"]
+__all__ = ["COLUMN", "ROUTER_FILE", "RouterNetwork"]
 
 ROUTER_FILE = "router.safetensors"
 COLUMN = "of:"  # before an expert's id, so that an expert may be called `keys`
@@ -61,6 +61,18 @@ class RouterNetwork(nn.Module):
     def column(self, expert_id: str) -> nn.Parameter:
         """An expert's column; KeyError without one."""
         return self.columns[COLUMN + expert_id]
+
+    def opened(self, expert_id: str, expert_ids: Sequence[str]) -> list[nn.Parameter]:
+        """Freeze all but what an expert's lesson may move: its column; the first time everything, and all columns."""
+        self.requires_grad_(requires_grad=False)
+        for name in (expert_id, *expert_ids):
+            self.add_column(name)
+        moved = [self.column(expert_id)]
+        if not self.is_fitted:
+            moved = [self.query, self.hidden, *(self.column(name) for name in expert_ids)]
+        for parameter in moved:
+            parameter.requires_grad_()
+        return moved
 
     @property
     def expert_ids(self) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
-from dylora_stream.model.features import LabelledText, length_sorted, stem_features, stem_states
+from dylora_stream.model.exemplars import read_exemplars
+from dylora_stream.model.features import LabelledText
 from dylora_stream.model.live import LiveExperts
 from dylora_stream.model.mixture import StemOutput
 from dylora_stream.model.network import RouterNetwork
@@ -31,7 +32,6 @@ __all__ = ["RouterLesson", "RouterTrained", "RouterTraining", "dense_shares", "t
 
 FOLDS = 4  # of the cross-fitted closed form
 CALM = 1e-3  # Adam's epsilon: gradients far under it, on routes that are right already, move nothing
-READ_BATCH = 16  # rows of one pass through the stem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def train_router(
             network=fresh, accuracy_closed_form=1.0, accuracy=1.0, seconds=time.perf_counter() - began
         )
     lines = _read(backbone, [(name, lesson.exemplars[name]) for name in expert_ids], routing, config)
-    parameters = _open(fresh, lesson.expert_id, expert_ids)
+    parameters = fresh.opened(lesson.expert_id, expert_ids)
     optimizer = torch.optim.AdamW(parameters, lr=config.rate, eps=CALM, weight_decay=config.decay)
     weights = 1.0 / torch.bincount(lines.owners, minlength=len(expert_ids)).clamp(min=1).float()
     tasks = _tasks(backbone, lesson, config)
@@ -170,46 +170,17 @@ def _copied(network: RouterNetwork | None, backbone: Backbone, lesson: RouterLes
     return fresh.to(backbone.device)
 
 
-def _open(network: RouterNetwork, expert_id: str, expert_ids: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze all but what this lesson may move: the expert's column, or everything the first time."""
-    network.requires_grad_(requires_grad=False)
-    moved = [network.column(expert_id)]
-    if not network.is_fitted:
-        for name in expert_ids:
-            network.add_column(name)
-        moved = [network.query, network.hidden, *(network.column(name) for name in expert_ids)]
-    for parameter in moved:
-        parameter.requires_grad_()
-    return moved
-
-
 def _read(
     backbone: Backbone,
     exemplars: Sequence[tuple[str, Sequence[LabelledText]]],
     routing: RoutingConfig,
     config: RouterTraining,
 ) -> _Lines:
-    """Exemplars through the stem, once."""
-    prompts: list[list[int]] = []
-    owners: list[int] = []
-    share = config.max_tokens // len(exemplars)
-    for owner, (_, rows) in enumerate(exemplars):
-        ids = backbone.prompt_ids([row.input for row in rows[: config.exemplars]])
-        within = np.cumsum([len(prompt) for prompt in ids]) <= share
-        kept = [prompt for prompt, fits in zip(ids, within, strict=True) if fits] or [ids[0][:share]]
-        prompts += kept
-        owners += [owner] * len(kept)
-    states, masks, features, order = [], [], [], []
-    for chosen in length_sorted([len(prompt) for prompt in prompts], READ_BATCH):
-        tokens = backbone.pad([prompts[row] for row in chosen])
-        states.append(stem_states(backbone, tokens))
-        masks.append(tokens.attention_mask)
-        features.append(stem_features(states[-1], tokens.attention_mask).cpu().numpy())
-        order += chosen
-    right = np.array(owners)[order]
-    logits = _cross_fitted(np.concatenate(features), right, [name for name, _ in exemplars])
+    """Exemplars through the stem, once, and their closed form."""
+    read = read_exemplars(backbone, [rows[: config.exemplars] for _, rows in exemplars], config.max_tokens)
+    logits = _cross_fitted(read.features, read.owners.numpy(), [name for name, _ in exemplars])
     tempered = torch.from_numpy((logits / routing.temperature_dense).astype(np.float32)).to(backbone.device)
-    return _Lines(states, masks, tempered, torch.from_numpy(right).to(backbone.device))
+    return _Lines(read.states, read.masks, tempered, read.owners.to(backbone.device))
 
 
 def _cross_fitted(features: np.ndarray, owners: np.ndarray, expert_ids: Sequence[str]) -> np.ndarray:
