@@ -109,7 +109,11 @@ class Untrained:
     """The learning side of a gate without parameters, whose experts train alone."""
 
     ranks: RankGate | None = None
-    parameters = 0
+
+    @property
+    def parameters(self) -> int:
+        """None."""
+        return 0
 
     def company(self, stage: Stage, lesson: Lesson) -> Company | None:
         """None: alone."""
