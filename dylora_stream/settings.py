@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     pool: PoolConfig = PoolConfig()
     generation: GenerationConfig = GenerationConfig()
     novelty: NoveltyConfig = NoveltyConfig()
-    routing: RoutingConfig = RoutingConfig()
+    router: RoutingConfig = RoutingConfig()
     clustering: ClusteringConfig = ClusteringConfig()
     seeding: Recipe = SEEDING
     consolidation: Recipe = CONSOLIDATION

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from dylora_stream.core.errors import ExpertCorrupt
+from dylora_stream.core.errors import ExpertCorrupt, SettingsError
 from dylora_stream.core.experts import ExpertVersion
 from dylora_stream.core.messages import Topic
 from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.routing import SERVED_METHODS
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from dylora_stream.store.database import DuckLedger
 
 __all__ = [
-    "SystemClock", "broker_folder", "create_topics", "expert_store", "faiss_index", "fetch_model", "kafka_of",
-    "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
+    "SystemClock", "broker_folder", "check_method", "create_topics", "expert_store", "faiss_index", "fetch_model",
+    "kafka_of", "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
 ]  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -77,13 +78,24 @@ def mixture_answerer(settings: Settings, backbone: "Backbone") -> "MixtureAnswer
     return MixtureAnswerer(live, expert_store(settings), settings.generation, settings.model.max_input_tokens)
 
 
+def check_method(settings: Settings) -> None:
+    """Whether the daemon can serve `router.method`. Raises SettingsError, which lists the methods that it can."""
+    if settings.router.method not in SERVED_METHODS:
+        raise SettingsError(
+            f"router.method is {settings.router.method!r}, which learns from stored rows or trains its experts "
+            "together: measure it with `dylora-stream bench continual`; the daemon serves "
+            + ", ".join(SERVED_METHODS)
+        )
+
+
 def router_parts(settings: Settings) -> "RouterParts":
-    """What every router of this process is built with."""
+    """What every router of this process is built with. Raises SettingsError for a method that is not served."""
     from dylora_stream.model.gates import gate_named
     from dylora_stream.model.router import RouterParts
 
+    check_method(settings)
     return RouterParts(
-        gate=gate_named(settings.routing.method, settings.routing),
+        gate=gate_named(settings.router.method, settings.router),
         novelty=settings.novelty,
         index_factory=faiss_index(),
     )

@@ -16,6 +16,7 @@ import structlog
 
 from dylora_stream.bootstrap.parts import (
     SystemClock,
+    check_method,
     create_topics,
     expert_store,
     faiss_index,
@@ -173,7 +174,7 @@ def child(settings: Settings) -> None:
         router_parts(settings),
         sys.stdin,
         sys.stdout,
-        settings.routing,
+        settings.router,
     )
 
 
@@ -181,6 +182,7 @@ def supervise(settings: Settings) -> int:
     """One serve and one learn on this machine; the exit code. Starts them once the broker answers: a role that cannot
     reach it at the beginning would be started again for ever.
     """
+    check_method(settings)
     configure_logs(settings.log, "supervisor")
     fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
     wait_for_broker(kafka_of(settings, "supervisor"))
@@ -221,7 +223,8 @@ def _drain_at_end(service: _Service) -> None:
 
 
 def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConfig, Identity]:
-    """Logs, identity, a reachable broker and its topics."""
+    """Settings that the daemon can serve, logs, identity, a reachable broker and its topics."""
+    check_method(settings)
     identity = claim_identity(settings.store.folder, role, settings.kafka.instance)
     closing.callback(identity.lock.close)
     configure_logs(settings.log, identity.name)

@@ -3,6 +3,7 @@
 Serve uses it through the answerer; a training child uses it to check a new expert under the gates it is served with.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from dylora_stream.model.adapters import Adapter, load_adapter
 from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
 from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.features import feature_space
+from dylora_stream.model.gates.base import Lesson, Memory, Stage, Student
 from dylora_stream.model.mixture import BACKBONE_SLOT, Pool, StemHook, StemOutput
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import Routed, Router, RouterParts
@@ -88,6 +90,7 @@ class LiveExperts:
         self._parts = parts
         self._experts: tuple[LoadedExpert, ...] = ()
         self._router = Router((), None, parts)
+        self._gate = parts.gate  # taught by the live experts
         self._slots = np.zeros(0, dtype=np.int64)  # of each expert
 
     @property
@@ -109,7 +112,8 @@ class LiveExperts:
             )
 
     def install(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None = None) -> None:
-        """Make exactly these experts live. Everything that can fail comes first; slots change last.
+        """Make exactly these experts live. Everything that can fail comes first, but for the gate's lessons: a gate
+        may read the slots, so they are written before it learns, and back should it fail.
 
         An expert that is live already keeps its slot, and its blocks are not written again.
         """
@@ -120,15 +124,63 @@ class LiveExperts:
         for expert in experts:
             self.check(expert)
         router = self._router_of(experts, network)
-        held = {id(old.adapter): int(slot) for old, slot in zip(self._experts, self._slots, strict=True)}
+        slots = self._places(experts)
+        try:
+            self._write(experts, slots)
+            gate = self._taught(experts, slots)
+        except Exception:
+            for old, slot in zip(self._experts, self._slots.tolist(), strict=True):
+                self.pool.write(slot, old.adapter)
+            raise
+        self._experts, self._router, self._gate = tuple(experts), router.gated(gate), gate
+        self._slots = np.array(slots, dtype=np.int64)
+
+    def _places(self, experts: Sequence[LoadedExpert]) -> list[int]:
+        """A slot each: the one it has, or a free one, those of experts that leave last."""
+        held = {id(old.adapter): slot for old, slot in zip(self._experts, self._slots.tolist(), strict=True)}
         kept = {id(expert.adapter) for expert in experts} & held.keys()
-        free = [slot for slot in range(1, self.pool.slots + 1) if slot not in {held[key] for key in kept}]
-        slots = []
-        for expert in experts:
-            if id(expert.adapter) not in kept:
-                self.pool.write(free[0], expert.adapter)
-            slots.append(held[id(expert.adapter)] if id(expert.adapter) in kept else free.pop(0))
-        self._experts, self._router, self._slots = tuple(experts), router, np.array(slots, dtype=np.int64)
+        leaving = [slot for key, slot in held.items() if key not in kept]
+        free = [slot for slot in range(1, self.pool.slots + 1) if slot not in held.values()] + leaving
+        return [held[id(expert.adapter)] if id(expert.adapter) in kept else free.pop(0) for expert in experts]
+
+    def _write(self, experts: Sequence[LoadedExpert], slots: Sequence[int]) -> None:
+        """Put the adapters that are not in their slots yet."""
+        held = {
+            (id(old.adapter), slot) for old, slot in zip(self._experts, self._slots.tolist(), strict=True)
+        }
+        for expert, slot in zip(experts, slots, strict=True):
+            if (id(expert.adapter), slot) not in held:
+                self.pool.write(slot, expert.adapter)
+
+    def _taught(self, experts: Sequence[LoadedExpert], slots: Sequence[int]) -> Student:
+        """A gate taught by these experts, one after another; it goes on from the live one where nothing else changed.
+
+        The lessons depend on the experts and their order alone, so that every worker has the same gate.
+        """
+
+        def sources(group: Sequence[LoadedExpert]) -> list[tuple[str, int, int]]:
+            return [(expert.expert_id, id(expert.adapter), id(expert.features)) for expert in group]
+
+        known, wanted = sources(self._experts), sources(experts)
+        if known == wanted:
+            return self._gate
+        begin = len(known) if wanted[: len(known)] == known else 0
+        gate = copy.deepcopy(self._gate if begin else self._parts.gate)
+        places = {expert.expert_id: slot for expert, slot in zip(experts, slots, strict=True)}
+        memory = {expert.expert_id: Memory(rows=(), features=expert.features) for expert in experts}
+        for place in range(begin, len(experts)):
+            met = [expert.expert_id for expert in experts[: place + 1]]
+            stage = Stage(
+                backbone=self.backbone,
+                pool=self.pool,
+                hook=self.hook,
+                slots={name: places[name] for name in met},
+            )
+            gate.learn(
+                stage,
+                Lesson(expert_id=met[-1], memory={name: memory[name] for name in met}, seed=place),
+            )
+        return gate
 
     @contextmanager
     def serving(self, prompt_mask: Tensor, tenants: Sequence[str]) -> Iterator[Pass]:
@@ -138,7 +190,7 @@ class LiveExperts:
         def decide(stem: StemOutput) -> None:
             current.features = stem.features.cpu().numpy()
             current.routed = self._router.route(stem, allowed)
-            self.pool.set_gates(*self.gates(current.routed.routing), self._parts.gate.ranks)
+            self.pool.set_gates(*self.gates(current.routed.routing), self._gate.ranks)
 
         try:
             with self.hook.routing(prompt_mask, decide):

@@ -13,9 +13,9 @@ import numpy as np
 
 from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
 from dylora_stream.core.ports import IndexFactory
-from dylora_stream.core.routing import Routing
+from dylora_stream.core.routing import Routing, within
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
-from dylora_stream.model.gates import Gate, Scene
+from dylora_stream.model.gates.base import Gate, Scene, Student
 from dylora_stream.model.mixture import StemOutput
 from dylora_stream.model.network import RouterNetwork
 
@@ -26,7 +26,8 @@ __all__ = ["Routed", "Router", "RouterParts"]
 class RouterParts:
     """What every router of a process is built with."""
 
-    gate: Gate
+    gate: Student
+    """Untaught; each registry teaches a copy."""
     novelty: NoveltyConfig
     index_factory: IndexFactory
     seed: int = 0
@@ -50,7 +51,8 @@ class Router:
         self._expert_ids = tuple(expert.expert_id for expert in statistics)
         self._tenants = np.array([expert.tenant for expert in statistics], dtype=object)
         self._is_mature = np.array([expert.is_mature for expert in statistics], dtype=bool)
-        self._network, self._gate = network, parts.gate
+        self._network = network
+        self._gate: Gate = parts.gate
         distinct_rows = [
             ExpertStatistics(
                 expert_id=e.expert_id, rows=distinct(e.rows), tenant=e.tenant, is_mature=e.is_mature
@@ -69,6 +71,12 @@ class Router:
         fresh._is_mature, fresh._network = np.array(is_mature, dtype=bool), network  # noqa: SLF001 - of its own class
         return fresh
 
+    def gated(self, gate: Gate) -> "Router":
+        """The same with another gate."""
+        fresh = copy.copy(self)
+        fresh._gate = gate  # noqa: SLF001 - of its own class
+        return fresh
+
     def allowed(self, tenants: Sequence[str]) -> np.ndarray:
         """(B, E) bool: a tenant's experts serve that tenant alone."""
         return np.array(tenants, dtype=object)[:, None] == self._tenants[None]
@@ -84,7 +92,7 @@ class Router:
             network=self._network,
             expert_ids=self._expert_ids,
         )
-        return Routed(self._gate.decide(stem, scene), scores)
+        return Routed(within(self._gate.decide(stem, scene), allowed), scores)
 
     def score(self, features: np.ndarray, allowed: np.ndarray) -> NoveltyScores:
         """Novelty alone, of features (B, d) float32."""

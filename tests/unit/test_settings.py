@@ -117,7 +117,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [
         ("model.stem_layers=0", r"model\.stem_layers is 0: it must be at least 1 \(from flag\)"),
         ("model.stem_layers=x", r"model\.stem_layers is 'x': .*integer"),
-        ("routing.top_k=1", r"routing\.top_k must be at least 2"),
+        ("router.top_k=1", r"router\.top_k must be at least 2"),
         ("log.level=loud", "'debug', 'info', 'warning' or 'error'"),
         ("http.port=99999", "http.port is 99999: use 1 to 65535"),
         ("model.stem_layer=3", "did you mean model.stem_layers"),
