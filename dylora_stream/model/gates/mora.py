@@ -6,8 +6,8 @@ At each adapted layer and token, with a = A x over the ranks of all members:
     g = softmax(ŝ_i / τ) over the k largest ŝ, 0 elsewhere
     serving only: g_i = 0 where ŝ_i < δ, without renormalising
 
-New ranks train by the language-model loss while the old ones, frozen, compete. Against the released code: the scale is baked
-into B when an expert is frozen (the code drops it there), and the division is guarded where A x = 0.
+New ranks train by the language-model loss while the old ones, frozen, compete. Against the released code: the scale is
+baked into B when an expert is frozen (the code drops it there), and the division is guarded where A x = 0.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
+from dylora_stream.model.gates.members import FAR, members_of
 from dylora_stream.model.gates.uniform import Among, everyone
 from dylora_stream.model.mixture import LayerView, StemOutput
 
@@ -53,9 +54,11 @@ class MoRARanks:
 
     def weigh(self, view: LayerView) -> Tensor:
         """(B, T, D, r): ranks of experts that are no members of a row do not compete."""
-        is_member = (view.shares != 0)[:, None, :, None]  # (B, 1, D, 1)
-        low = torch.where(is_member, view.low.float(), 0.0).flatten(2)  # (B, T, D·r)
+        is_member = members_of(view).expand(view.low.shape).flatten(2)  # (B, T, D·r)
+        low = torch.where(is_member, view.low.flatten(2).float(), 0.0)
         scores = low / low.norm(dim=-1, keepdim=True).clamp(min=TINY)
+        # A stranger's 0 would outbid a member's negative score, and a row's answer depend on its neighbours.
+        scores = torch.where(is_member, scores, FAR)
         top = scores.topk(min(self._config.budget, scores.shape[-1]), dim=-1)
         weights = (top.values / self._config.temperature).softmax(-1)
         if self._cut > 0:
