@@ -1,5 +1,6 @@
 """Gates that weigh ranks: their formulas against plain references, their learning, and what they promise about rows."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -493,6 +494,29 @@ def test_a_restored_gate_weighs_bit_for_bit_the_same(stage: Stage, method: str) 
         student.learn(with_slots(stage, {**stage.slots, "d": 4}), lesson)
     for key, tensor in gate.state().items():
         assert torch.equal(fresh.state()[key], tensor)
+
+
+@pytest.mark.parametrize("method", GATES)
+def test_a_copy_of_a_gate_learns_apart_from_it(stage: Stage, method: str) -> None:
+    """A deep copy goes on as the gate itself would, and leaves the gate as it was."""
+    gate = expert_free(GATES[method](), method)
+    stage = taught(stage, gate, "ab")
+    logits, state = served(stage, gate, TEXTS), gate.state()
+    fresh = copy.deepcopy(gate)
+    assert torch.equal(served(stage, fresh, TEXTS), logits)
+    memory = {name: memory_of(stage.backbone, name) for name in "abc"}
+    lesson, larger = Lesson(expert_id="c", memory=memory, seed=1), with_slots(stage, {**stage.slots, "c": 3})
+    stage.pool.write(3, random_adapter(stage.backbone, 3))
+    fresh.company(stage, lesson)
+    fresh.learn(larger, lesson)
+    assert {key: value.tolist() for key, value in gate.state().items()} == {
+        key: value.tolist() for key, value in state.items()
+    }
+    gate.company(stage, lesson)
+    gate.learn(larger, lesson)
+    assert {key: value.tolist() for key, value in gate.state().items()} == {
+        key: value.tolist() for key, value in fresh.state().items()
+    }
 
 
 @pytest.mark.parametrize("method", IN_COMPANY)

@@ -70,6 +70,10 @@ class AttentionRanks:
         """Mean attention beside the largest, over the layers of the last watched pass."""
         return torch.stack(self._off).mean()
 
+    def forget(self) -> None:
+        """Let go of the last watched pass."""
+        self._off = []
+
 
 class AttentionGate(Tabled):
     """All experts, softly, a token and layer, by what they would say."""
@@ -80,7 +84,7 @@ class AttentionGate(Tabled):
     def __init__(self, learning: Learning | None = None, sparsity: float = SPARSITY) -> None:
         super().__init__()
         self.ranks = AttentionRanks(self._table)
-        self._learning = replace(learning or Learning(), penalty=lambda: sparsity * self.ranks.off())
+        self._learning, self._sparsity = learning or Learning(), sparsity
 
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the layers decide."""
@@ -100,7 +104,9 @@ class AttentionGate(Tabled):
             with gating(tokens), self.ranks.watched(tokens.attention_mask.bool()):
                 yield
 
-        learn_by_answers(stage, lesson, watched, self._table.tensors(self.trained_parts), self._learning)
+        config = replace(self._learning, penalty=lambda: self._sparsity * self.ranks.off())
+        learn_by_answers(stage, lesson, watched, self._table.tensors(self.trained_parts), config)
+        self.ranks.forget()
         self._table.changed()
 
     def _grow(self, stage: Stage, lesson: Lesson) -> None:

@@ -25,6 +25,7 @@ class HierarchicalGate:
     """`expert_gate` (the closed form) over experts, times MoRA over the ranks of those it chose."""
 
     name = "hierarchical"
+    is_order_free = True  # an expert's training does not see who came before
 
     def __init__(self, expert_gate: Student | None = None, mora: MoRAConfig | None = None) -> None:
         self._gate: Student = expert_gate or ClosedFormGate()
