@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dylora_stream.bootstrap.parts import check_method
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.settings import Settings, is_secret, load_settings, setting_names
 
@@ -130,6 +131,13 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_would_be_right(flag: st
     """Checks of a dataclass and of its types arrive as the same kind of sentence."""
     with pytest.raises(SettingsError, match=said):
         load_settings(flags=[flag])
+
+
+def test_the_daemon_refuses_a_method_that_it_cannot_serve() -> None:
+    """It says where that one can be measured, and which ones it serves."""
+    check_method(load_settings(flags=["router.method=ridge"]))
+    with pytest.raises(SettingsError, match="'xlora'.*bench continual.*hybrid.*ridge"):
+        check_method(load_settings(flags=["router.method=xlora"]))
 
 
 def test_tables_are_json_in_flags(monkeypatch: pytest.MonkeyPatch) -> None:

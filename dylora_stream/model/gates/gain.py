@@ -40,10 +40,10 @@ SHARPNESS = 4.0  # of the cosine within the sigmoid, the paper's: g reaches 0.96
 class GainConfig:
     """Sizes."""
 
-    width: int = 64
+    width: int = 128
     """Of the hidden layer, of f's output and of the keys."""
-    energy: float = 0.95
-    """Share of old rows' squared length that is kept apart."""
+    energy: float = 0.99
+    """Share of old rows' squared length that is kept apart; what is left lets a new gate open a little."""
 
     def __post_init__(self) -> None:
         if self.width < 2:

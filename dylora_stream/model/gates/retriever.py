@@ -4,9 +4,9 @@
 
 `selection` takes the best expert alone, `mixture` averages the outputs of the best three. Against the paper: the
 embedding is the stem's feature, where the paper uses an instruction-tuned sentence embedder, further trained on pairs
-of tasks; c, the experts' mean embedding, is taken off, because a language model's states share a large common part
-that makes all cosines nearly 1. The paper's third way, averaging parameters, is a different adapter for each row; its
-output average is the same for one layer and is what the pool computes.
+of tasks; c, the experts' mean embedding, is taken off, because a language model's states share a large common part that
+makes all cosines nearly 1. It moves with each new expert, and with it a row that lies between two experts may. The
+paper's third way, averaging parameters, is a different adapter for each row; at a layer its output average is the same.
 """
 
 from collections.abc import Mapping
