@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dylora_stream.cli.continual import continual
 from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
 
 __all__ = ["register"]
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo", rich_help_panel="Showing")(demo)
     bench = typer.Typer(help="Measurements, each from one run on this machine.", no_args_is_help=True)
     bench.command("throughput")(throughput)
+    bench.command("continual")(continual)
     bench.callback()(lambda: None)
     app.add_typer(bench, name="bench", rich_help_panel="Showing")
 
@@ -66,14 +68,40 @@ def demo(
 
 def throughput(
     report: ReportOption = None,
-    records: Annotated[int, typer.Option(min=8, help="Requests of one round.")] = 128,
+    records: Annotated[int, typer.Option(min=8, help="Requests of one round of the part kafka.")] = 128,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,…", help="Some of mixed, decode, answer, train, kafka, overhead; else all of them."
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=5, help="Pairs of a short comparison.")] = 7,
+    train_data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A folder of NAME.train.jsonl and NAME.test.jsonl; with the part train, held-out accuracies of five "
+            "tasks trained our way and by PEFT.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:
-    """Records a second, Kafka to Kafka, beside the bare backbone's on the same records; and our own CPU a record."""
+    """What experts cost over the bare model: mixed batches, generation, answers, training, and Kafka to Kafka.
+
+    Each number comes from pairs that ran in turn, A, B, A, B …, and stands beside PEFT's where PEFT does the same.
+    """
     from rich.console import Console
 
-    from dylora_stream.bench.throughput import ThroughputConfig
+    from dylora_stream.bench.throughput import PARTS, ThroughputConfig
     from dylora_stream.bench.throughput import throughput as measure
 
-    measure(ThroughputConfig(records=records, report=report), settings_from(config, assignments), Console())
+    parts = tuple(part.strip() for part in only.split(",")) if only else PARTS
+    try:
+        chosen = ThroughputConfig(
+            only=parts, pairs=pairs, records=records, report=report, train_data=train_data
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--only") from None
+    measure(chosen, settings_from(config, assignments), Console())

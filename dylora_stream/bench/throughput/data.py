@@ -1,0 +1,55 @@
+"""Tasks of a dataset folder, for the accuracies of two ways of training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dylora_stream.bench.throughput.config import Sizes
+from dylora_stream.core.errors import SettingsError
+from dylora_stream.model.backbone import Backbone
+from dylora_stream.model.features import LabelledText
+
+__all__ = ["TaskRows", "read_tasks"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRows:
+    """One task's rows, none longer than the bench's bound."""
+
+    name: str
+    train: Sequence[LabelledText]
+    test: Sequence[LabelledText]
+
+
+def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes) -> list[TaskRows]:
+    """The first tasks, in name order, that have both files and enough rows which are short enough."""
+    tasks: list[TaskRows] = []
+    for file in sorted(folder.glob("*.train.jsonl")):
+        name = file.name.removesuffix(".train.jsonl")
+        train = _rows(file, backbone, sizes.data_tokens, sizes.data_rows)
+        test = _rows(folder / f"{name}.test.jsonl", backbone, sizes.data_tokens, 2 * sizes.data_rows)
+        if len(train) == sizes.data_rows and len(test) >= sizes.data_rows // 2:
+            tasks.append(TaskRows(name=name, train=train, test=test))
+        if len(tasks) == sizes.data_tasks:
+            return tasks
+    raise SettingsError(
+        f"{folder} has {len(tasks)} tasks with {sizes.data_rows} training rows of at most {sizes.data_tokens} tokens "
+        f"(NAME.train.jsonl and NAME.test.jsonl, rows of input and output); {sizes.data_tasks} are needed"
+    )
+
+
+def _rows(file: Path, backbone: Backbone, most_tokens: int, count: int) -> list[LabelledText]:
+    rows: list[LabelledText] = []
+    if not file.is_file():
+        return rows
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            text = LabelledText(input=row["input"], output=row["output"])
+            prompt, target = backbone.prompt_ids([text.input])[0], backbone.target_ids([text.output])[0]
+            if text.input.strip() and len(prompt) + len(target) <= most_tokens:
+                rows.append(text)
+            if len(rows) == count:
+                break
+    return rows
