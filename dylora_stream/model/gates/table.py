@@ -1,7 +1,7 @@
 """What a rank gate has learned: tensors by (part, layer, expert), looked up by the slots that a pass holds.
 
 A part belongs to a layer and an expert; "" stands for no layer (a row's gate) and for no expert (a shared part). Stacks
-are kept while the slots of a pass stay the same object, so decoding stacks once; never while a part takes gradients.
+are kept as long as passes hold the same slots and the table does not change; never of tensors that take gradients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,63 +23,61 @@ class ExpertTable:
 
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
-        self._tensors: dict[tuple[str, str, str], Tensor] = {}
-        self._stacks: dict[tuple[str, str, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._parts: dict[tuple[str, str], dict[str, Tensor]] = {}  # (part, layer) → expert → tensor
+        self._stacks: dict[tuple[str, str, torch.dtype], tuple[list[int], Tensor]] = {}
+        self._read: tuple[Tensor, list[int]] | None = None  # a pass's slots
 
     def follow(self, stage: Stage, young: str | None = None) -> None:
         """Take over the stage's slots, with `young` in training beside them; experts that left are forgotten."""
         self._slots = dict(stage.slots)
         if young is not None:
             self._slots[young] = YOUNG_SLOT
-        kept = {"", *self._slots}
-        device = stage.backbone.device
-        self._tensors = {key: tensor.to(device) for key, tensor in self._tensors.items() if key[2] in kept}
+        kept, device = {"", *self._slots}, stage.backbone.device
+        self._parts = {
+            key: {expert_id: tensor.to(device) for expert_id, tensor in owned.items() if expert_id in kept}
+            for key, owned in self._parts.items()
+        }
         self.changed()
 
     def put(self, key: tuple[str, str, str], tensor: Tensor) -> None:
         """Under (part, layer, expert)."""
-        self._tensors[key] = tensor
+        self._parts.setdefault(key[:2], {})[key[2]] = tensor
         self.changed()
 
     def get(self, part: str, layer: str = "", expert_id: str = "") -> Tensor:
         """KeyError without it."""
-        return self._tensors[part, layer, expert_id]
+        return self._parts[part, layer][expert_id]
 
     def has(self, part: str, layer: str = "", expert_id: str = "") -> bool:
         """Whether there is one."""
-        return (part, layer, expert_id) in self._tensors
+        return expert_id in self._parts.get((part, layer), {})
 
     def tensors(self, parts: Iterable[str], expert_id: str | None = None) -> list[Tensor]:
-        """All tensors of these parts, of one expert or of all."""
+        """All tensors of these parts, of one expert or of all, in an order that does not depend on how they came."""
         wanted = set(parts)
         return [
-            tensor
-            for (part, _, owner), tensor in self._tensors.items()
-            if part in wanted and expert_id in (None, owner)
+            owned[owner]
+            for (part, _), owned in sorted(self._parts.items(), key=lambda item: item[0])
+            if part in wanted
+            for owner in sorted(owned)
+            if expert_id in (None, owner)
         ]
 
     def gather(self, part: str, layer: str, expert_ids: Sequence[str | None]) -> Tensor:
         """(E, ...) in the order given."""
-        found = [
-            None if expert_id is None else self._tensors.get((part, layer, expert_id))
-            for expert_id in expert_ids
-        ]
-        like = next(
-            tensor for key, tensor in self._tensors.items() if key[:2] == (part, layer) and key[2] != ""
-        )
-        return torch.stack([torch.zeros_like(like) if tensor is None else tensor for tensor in found])
+        return torch.stack(self._found(part, layer, expert_ids))
 
     def stacked(self, part: str, view: LayerView, dtype: torch.dtype = torch.float32) -> Tensor:
         """(D, ...) of the experts of a pass, on its device."""
-        key = (part, view.layer, dtype)
+        key, slots = (part, view.layer, dtype), self._slots_of(view)
         held = self._stacks.get(key)
-        if held is not None and held[0] is view.slots:
+        if held is not None and held[0] == slots:
             return held[1]
         ids = {slot: expert_id for expert_id, slot in self._slots.items()}
-        stack = self.gather(part, view.layer, [ids.get(slot) for slot in view.slots.tolist()])
-        stack = stack.to(view.inputs.device, dtype)
-        if not any(tensor.requires_grad for tensor in self.tensors([part])):
-            self._stacks[key] = (view.slots, stack)
+        found = self._found(part, view.layer, [ids.get(slot) for slot in slots])
+        stack = torch.stack(found).to(view.inputs.device, dtype)
+        if not any(tensor.requires_grad for tensor in found):
+            self._stacks[key] = (slots, stack)
         return stack
 
     def changed(self) -> None:
@@ -89,19 +87,34 @@ class ExpertTable:
     def state(self) -> dict[str, Tensor]:
         """Flat: `part:layer:expert` and `slot:expert`."""
         slots = {f"{SLOT}:{expert_id}": torch.tensor(slot) for expert_id, slot in self._slots.items()}
-        return slots | {":".join(key): tensor.detach().cpu().clone() for key, tensor in self._tensors.items()}
+        return slots | {
+            f"{part}:{layer}:{expert_id}": tensor.detach().cpu().clone()
+            for (part, layer), owned in self._parts.items()
+            for expert_id, tensor in owned.items()
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Exactly that state."""
-        self._slots, self._tensors = {}, {}
+        self._slots, self._parts = {}, {}
         for name, tensor in state.items():
             part, _, rest = name.partition(":")
             if part == SLOT:
                 self._slots[rest] = int(tensor)
             else:
                 layer, _, expert_id = rest.partition(":")
-                self._tensors[part, layer, expert_id] = tensor.detach().clone()
+                self.put((part, layer, expert_id), tensor.detach().clone())
         self.changed()
+
+    def _found(self, part: str, layer: str, expert_ids: Sequence[str | None]) -> list[Tensor]:
+        owned = self._parts[part, layer]
+        zeros = torch.zeros_like(next(iter(owned.values())))
+        return [zeros if expert_id is None else owned.get(expert_id, zeros) for expert_id in expert_ids]
+
+    def _slots_of(self, view: LayerView) -> list[int]:
+        """Read from the device once a pass: its layers hold the same tensor."""
+        if self._read is None or self._read[0] is not view.slots:
+            self._read = (view.slots, view.slots.tolist())
+        return self._read[1]
 
 
 class Tabled:
