@@ -1,0 +1,91 @@
+"""The hybrid gate with its network, which the daemon's training child trains: here a part of the gate's lessons.
+
+All experts are mature, as they are when a stream has settled: the gate takes one expert a row, by closed form plus
+network.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dylora_stream.core.routing import Routing, RoutingConfig
+from dylora_stream.model.adapters import Adapter
+from dylora_stream.model.config import PoolConfig
+from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
+from dylora_stream.model.gates.hybrid import HybridGate
+from dylora_stream.model.live import LiveExperts, LoadedExpert
+from dylora_stream.model.mixture import Pool, StemOutput
+from dylora_stream.model.network import RouterNetwork
+from dylora_stream.model.router import RouterParts
+from dylora_stream.model.router_training import RouterLesson, RouterTraining, train_router
+
+__all__ = ["NetworkedGate"]
+
+
+class NetworkedGate(Untrained):
+    """A `Student` around the hybrid gate."""
+
+    name = "hybrid"
+
+    def __init__(self, config: RoutingConfig, parts: RouterParts) -> None:
+        self._config, self._parts = config, parts
+        self._gate = HybridGate(config)
+        self._network: RouterNetwork | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of the network."""
+        return sum(tensor.numel() for tensor in self._network.parameters()) if self._network else 0
+
+    def decide(self, stem: StemOutput, scene: Scene) -> Routing:
+        """The hybrid gate's decision with this network."""
+        return self._gate.decide(stem, replace(scene, network=self._network))
+
+    def learn(self, stage: Stage, lesson: Lesson) -> None:
+        """`train_router`, as a training job does it."""
+        live = LiveExperts(
+            stage.backbone, PoolConfig(slots=len(stage.slots), rank=stage.pool.rank), self._parts
+        )
+        try:
+            live.install([_loaded(stage.pool, slot, name, lesson) for name, slot in stage.slots.items()])
+            exemplars = {name: memory.rows for name, memory in lesson.memory.items()}
+            told = RouterLesson(expert_id=lesson.expert_id, exemplars=exemplars, seed=lesson.seed)
+            self._network = train_router(live, self._network, told, self._config, RouterTraining()).network
+        finally:
+            live.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's."""
+        if self._network is None:
+            return {}
+        return {**self._network.state_dict(), "is_fitted": torch.tensor(self._network.is_fitted)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `Student`."""
+        if not state:
+            return
+        weights = {name: tensor for name, tensor in state.items() if name != "is_fitted"}
+        network = RouterNetwork(len(weights["query"]))
+        for name in weights:
+            if found := re.fullmatch(r"columns\.of:(.*)", name, re.DOTALL):
+                network.add_column(found[1])
+        network.load_state_dict(weights)
+        network.requires_grad_(requires_grad=False)
+        network.is_fitted = bool(state["is_fitted"])
+        self._network = network
+
+
+def _loaded(pool: Pool, slot: int, name: str, lesson: Lesson) -> LoadedExpert:
+    """An expert as it stands in its slot."""
+    blocks = {layer: pool.blocks(slot, layer) for layer in pool.shapes}
+    tensors = {layer: (a.float().cpu(), b.float().cpu()) for layer, (a, b) in blocks.items()}
+    return LoadedExpert(
+        expert_id=name,
+        version=1,
+        adapter=Adapter(rank=pool.rank, tensors=tensors),
+        features=lesson.memory[name].features,
+        is_mature=True,
+    )
