@@ -51,19 +51,19 @@ class RidgeGate(Untrained):
         self._scaling: Scaling | None = None
         self._gram = torch.zeros(0)  # (H, H) G
         self._sums: dict[str, Tensor] = {}  # expert → (H,) its column of Q
-        self._weights = torch.zeros(0)  # (H, E) W
+        self._weights: Tensor | None = None  # (H, E) W, solved when it is first asked for
         self._projection = torch.zeros(0)  # (d, H) W_rand
 
     @property
     def parameters(self) -> int:
         """Of W."""
-        return self._weights.numel()
+        return len(self._sums) * self._config.units
 
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """The highest regressed allowed expert of each row, alone."""
         if not self._sums or not scene.expert_ids:
             return to_backbone(len(stem.mask))
-        scores = (self._lifted(stem.features) @ self._weights).numpy()
+        scores = (self._lifted(stem.features) @ self._solved()).numpy()
         return top_one(column_of(dict(zip(self._sums, scores.T, strict=True)), scene, -np.inf), scene)
 
     def learn(self, stage: Stage, lesson: Lesson) -> None:
@@ -75,7 +75,7 @@ class RidgeGate(Untrained):
         lifted = self._lifted(torch.from_numpy(lesson.own.features))
         self._gram = self._gram + lifted.t() @ lifted / len(lifted)
         self._sums = joined(self._sums, lesson.expert_id, lifted.mean(dim=0))
-        self._solve()
+        self._weights = None
 
     def state(self) -> dict[str, Tensor]:
         """Scaling, G and Q."""
@@ -90,7 +90,7 @@ class RidgeGate(Untrained):
         if scaling is not None:
             self._open(scaling)
             self._gram, self._sums = state["gram"], each_of(state, "sum")
-            self._solve()
+            self._weights = None
 
     def _open(self, scaling: Scaling) -> None:
         self._scaling = scaling
@@ -103,8 +103,11 @@ class RidgeGate(Untrained):
         assert self._scaling is not None
         return (self._scaling(features) @ self._projection).relu()
 
-    def _solve(self) -> None:
-        strength = self._config.penalty * float(self._gram.trace()) / len(self._gram)
-        ridged = self._gram + strength * torch.eye(len(self._gram), dtype=torch.float64)
-        sums = torch.stack(list(self._sums.values()), dim=1)  # (H, E)
-        self._weights = torch.cholesky_solve(sums, torch.linalg.cholesky(ridged))
+    def _solved(self) -> Tensor:
+        """W; half a second, once after any number of lessons."""
+        if self._weights is None:
+            strength = self._config.penalty * float(self._gram.trace()) / len(self._gram)
+            ridged = self._gram + strength * torch.eye(len(self._gram), dtype=torch.float64)
+            sums = torch.stack(list(self._sums.values()), dim=1)  # (H, E)
+            self._weights = torch.cholesky_solve(sums, torch.linalg.cholesky(ridged))
+        return self._weights
