@@ -96,7 +96,7 @@ class Backbone:
     has_plain_head: bool = (
         True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
     )
-    targets: tuple[str, ...] = ()  # parts of the names of the layers that experts adapt; none: all above the stem
+    targets: tuple[str, ...] = ()  # parts of the names of the layers to adapt; none: all above the stem
 
     @property
     def device(self) -> torch.device:
@@ -133,10 +133,11 @@ class Backbone:
         """Full name → linear layer above the stem, in the model's order: what experts adapt."""
         names = {id(module): name for name, module in self.model.named_modules()}
         upper = [module for layer in list(self.layers)[self.stem_layers :] for module in layer.modules()]
-        linears = {names[id(module)]: module for module in upper if isinstance(module, nn.Linear | Conv1D)}
-        if not self.targets:
-            return linears
-        return {name: layer for name, layer in linears.items() if any(part in name for part in self.targets)}
+        linears: dict[str, nn.Module] = {
+            names[id(module)]: module for module in upper if isinstance(module, nn.Linear | Conv1D)
+        }
+        parts = self.targets or ("",)
+        return {name: layer for name, layer in linears.items() if any(part in name for part in parts)}
 
     def prompt_ids(self, inputs: Sequence[str]) -> list[list[int]]:
         """Token ids of the rendered prompts; a leading special token only where the tokenizer adds one."""
