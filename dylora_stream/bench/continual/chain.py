@@ -116,7 +116,9 @@ class GateCourse:
         if company is None:
             return bench.alone(name, self._seed)
         rows = bench.lessons[name, self._seed]
-        options = TrainingOptions(seed=seed_of(self._seed, name), company=company)
+        begin = getattr(gate, "start", None)  # of gates that draw A themselves
+        start = begin(self._stage(t), self._lesson(t)) if begin else None
+        options = TrainingOptions(seed=seed_of(self._seed, name), company=company, start=start)
         what = f"{name}, {self._name}"
         if getattr(gate, "is_order_free", False) and not company.parameters():
             parts = {

@@ -96,7 +96,9 @@ class SumGate(Untrained):
         """Everyone, weight 1."""
         return everyone(len(stem.mask), scene.allowed.shape[1])
 
-    def company(self, stage: Stage, lesson: Lesson) -> Among:
-        """The sum of the old experts."""
+    def company(self, stage: Stage, lesson: Lesson) -> Among | None:
+        """The sum of the old experts; the first expert is alone."""
         del lesson
+        if not stage.slots:
+            return None
         return _Orthogonal(stage, self._orthogonality) if self._orthogonality else Among(stage)
