@@ -23,9 +23,10 @@ from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
 from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.features import feature_space
 from dylora_stream.model.gates.base import Lesson, Memory, Stage, Student
-from dylora_stream.model.mixture import BACKBONE_SLOT, Pool, StemHook, StemOutput
+from dylora_stream.model.mixture import BACKBONE_SLOT, Pool
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import Routed, Router, RouterParts
+from dylora_stream.model.stem import StemHook, StemOutput
 
 __all__ = ["LiveExperts", "LoadedExpert", "Pass", "read_expert", "read_features"]
 

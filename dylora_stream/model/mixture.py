@@ -1,4 +1,4 @@
-"""Experts in one forward pass: the pool of their blocks, and the hook at the stem's end that sets who answers a row.
+"""The experts' blocks, and the sum of them that a forward pass adds to every adapted layer.
 
 Every adapted linear layer gives `W x + Σ g·B A x`. A's and B's lie in preallocated slots; slot 0 is the backbone and is
 skipped. Two ways to compute the sum, both with two products and the same result:
@@ -30,9 +30,8 @@ from dylora_stream.core.errors import ModelMismatch
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone, linear_shape
 from dylora_stream.model.config import PoolConfig
-from dylora_stream.model.features import stem_features
 
-__all__ = ["BACKBONE_SLOT", "YOUNG_SLOT", "LayerView", "Pool", "RankGate", "StemHook", "StemOutput"]
+__all__ = ["BACKBONE_SLOT", "YOUNG_SLOT", "LayerView", "Pairs", "Pool", "RankGate"]
 
 BACKBONE_SLOT = 0  # the null expert: no blocks
 YOUNG_SLOT = -1  # the expert that is being trained
@@ -363,50 +362,3 @@ def _siblings(backbone: Backbone, modules: Mapping[str, nn.Module]) -> dict[str,
             handle.remove()
     groups = {name: tuple(names) for _, names in readers for name in names}
     return {name: groups.get(name, (name,)) for name in modules}
-
-
-@dataclass(frozen=True, slots=True)
-class StemOutput:
-    """What the router sees: states (B, T, d) of the stem, mask (B, T) of the prompt, features (B, d) float32."""
-
-    states: Tensor
-    mask: Tensor
-    features: Tensor
-
-    @classmethod
-    def of(cls, states: Tensor, mask: Tensor) -> "StemOutput":
-        """With the features computed."""
-        return cls(states, mask, stem_features(states, mask))
-
-
-class StemHook:
-    """Calls a decision in front of the first layer above the stem, once a routed forward pass.
-
-    The layer itself sees a 4-D mask or none, so the 2-D one is given by context. Later passes of the same context (one
-    token each, while decoding) keep what was decided.
-    """
-
-    def __init__(self, backbone: Backbone) -> None:
-        self._pending: tuple[Tensor, Callable[[StemOutput], None]] | None = None
-        layer = backbone.layers[backbone.stem_layers]
-        self._handle = layer.register_forward_pre_hook(self._at_stem, with_kwargs=True)
-
-    @contextmanager
-    def routing(self, mask: Tensor, decide: Callable[[StemOutput], None]) -> Iterator[None]:
-        """Within: the next forward pass calls `decide`, which sets the gates. mask: (B, T) of the prompt's tokens."""
-        self._pending = (mask, decide)
-        try:
-            yield
-        finally:
-            self._pending = None
-
-    def close(self) -> None:
-        """Take the hook off the model. May be called twice."""
-        self._handle.remove()
-
-    def _at_stem(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._pending is None:
-            return
-        (mask, decide), self._pending = self._pending, None
-        states = args[0] if args else kwargs["hidden_states"]
-        decide(StemOutput.of(states, mask))

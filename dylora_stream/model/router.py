@@ -16,8 +16,8 @@ from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.routing import Routing, within
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.gates.base import Gate, Scene, Student
-from dylora_stream.model.mixture import StemOutput
 from dylora_stream.model.network import RouterNetwork
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["Routed", "Router", "RouterParts"]
 

@@ -25,8 +25,8 @@ from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
 from dylora_stream.model.exemplars import read_exemplars
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.live import LiveExperts
-from dylora_stream.model.mixture import StemOutput
 from dylora_stream.model.network import RouterNetwork
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["RouterLesson", "RouterTrained", "RouterTraining", "dense_shares", "train_router"]
 

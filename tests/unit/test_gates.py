@@ -30,9 +30,10 @@ from dylora_stream.model.gates.ridge import PROJECTION_SEED, RidgeConfig, RidgeG
 from dylora_stream.model.gates.rows import Scaling
 from dylora_stream.model.gates.sapt import SAPTConfig, SAPTGate
 from dylora_stream.model.live import LiveExperts, LoadedExpert
-from dylora_stream.model.mixture import Pool, StemHook, StemOutput
+from dylora_stream.model.mixture import Pool
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import RouterParts
+from dylora_stream.model.stem import StemHook, StemOutput
 from dylora_stream.model.training import TrainingOptions, train_expert
 from dylora_stream.store.index import FaissIndex
 

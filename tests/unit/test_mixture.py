@@ -13,7 +13,8 @@ from dylora_stream.model.adapters import Adapter, save_adapter
 from dylora_stream.model.backbone import Backbone, linear_shape, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
 from dylora_stream.model.decoding import generate
-from dylora_stream.model.mixture import Pool, StemHook, StemOutput
+from dylora_stream.model.mixture import Pool
+from dylora_stream.model.stem import StemHook, StemOutput
 
 TEXTS = ["one two three", "a", "a longer text than the others are", "??", "x y"]
 

@@ -30,7 +30,8 @@ from dylora_stream.model.gates.mora import MoRAConfig, MoRAGate, MoRARanks
 from dylora_stream.model.gates.row_ranks import as_routing
 from dylora_stream.model.gates.smora import SMoRAConfig, SMoRAGate
 from dylora_stream.model.gates.xlora import XLoRAGate
-from dylora_stream.model.mixture import YOUNG_SLOT, LayerView, Pool, StemHook, StemOutput
+from dylora_stream.model.mixture import YOUNG_SLOT, LayerView, Pool
+from dylora_stream.model.stem import StemHook, StemOutput
 from dylora_stream.model.training import TrainingOptions, train_expert
 
 RANK = 4

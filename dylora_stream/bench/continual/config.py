@@ -27,10 +27,6 @@ class ContinualConfig:
     memory: int = 32
     """Stored rows of an expert."""
     epochs: int | None = None
-    rate: float | None = None
-    rank: int | None = None
-    batch: int | None = None
-    stem: int | None = None
     targets: str = "all"
     """all, attention, mlp, or parts of layers' names."""
     is_whole_matrix: bool = False
@@ -49,14 +45,6 @@ class ContinualConfig:
             raise SettingsError("at least one method and one seed are needed: --methods, --seeds")
 
     def recipe(self, base: Recipe) -> Recipe:
-        """The recipe with what is given; alpha keeps its ratio to the rank."""
-        rank = self.rank or base.rank
-        return replace(
-            base,
-            epochs=self.epochs or base.epochs,
-            rate=self.rate or base.rate,
-            batch_size=self.batch or base.batch_size,
-            rank=rank,
-            alpha=base.alpha * rank / base.rank,
-            max_row_tokens=max(base.max_row_tokens, self.max_tokens),
-        )
+        """The recipe with what is given."""
+        longest = max(base.max_row_tokens, self.max_tokens)
+        return replace(base, epochs=self.epochs or base.epochs, max_row_tokens=longest)

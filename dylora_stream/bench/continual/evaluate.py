@@ -26,7 +26,7 @@ from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.backbone import IGNORED, Tokens
 from dylora_stream.model.features import length_sorted, stem_states
 from dylora_stream.model.gates.base import Gate, Scene
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 from dylora_stream.model.training import score_rows
 
 __all__ = ["SHARED", "TIED", "Cell", "Examiner", "joined", "leaders", "scene_of", "sole"]

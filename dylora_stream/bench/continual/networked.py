@@ -17,10 +17,11 @@ from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.hybrid import HybridGate
 from dylora_stream.model.live import LiveExperts, LoadedExpert
-from dylora_stream.model.mixture import Pool, StemOutput
+from dylora_stream.model.mixture import Pool
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import RouterParts
 from dylora_stream.model.router_training import RouterLesson, RouterTraining, train_router
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["NetworkedGate"]
 

@@ -17,8 +17,9 @@ from dylora_stream.model import gates
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.gates.base import Student
-from dylora_stream.model.mixture import Pool, StemHook
+from dylora_stream.model.mixture import Pool
 from dylora_stream.model.router import RouterParts
+from dylora_stream.model.stem import StemHook
 from dylora_stream.settings import Settings
 
 __all__ = ["methods_named", "student_named", "workbench"]

@@ -32,8 +32,6 @@ def continual(config: ContinualConfig, settings: Settings, console: Console) -> 
     if config.report is not None:
         report.check_plots()
     load_tasks(config.data, config.orders[0])  # what is wrong there is said before the backbone is loaded
-    if config.stem is not None:
-        settings = settings.model_copy(update={"model": replace(settings.model, stem_layers=config.stem)})
     backbone = bootstrap.load_backbone(settings)
     work = config.work or settings.store.folder / "bench" / "continual"
     try:

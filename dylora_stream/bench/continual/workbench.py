@@ -16,7 +16,8 @@ from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, read_stem
 from dylora_stream.model.gates.base import Student
-from dylora_stream.model.mixture import Pool, StemHook
+from dylora_stream.model.mixture import Pool
+from dylora_stream.model.stem import StemHook
 from dylora_stream.model.training import Trained, TrainingOptions, train_expert
 
 __all__ = ["Expert", "Tell", "Workbench", "seed_of"]

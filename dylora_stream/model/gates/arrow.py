@@ -16,7 +16,8 @@ from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
 from dylora_stream.model.gates.members import all_allowed, member_softmax, members_of, top_members
 from dylora_stream.model.gates.table import ExpertTable, Tabled
-from dylora_stream.model.mixture import LayerView, StemOutput
+from dylora_stream.model.mixture import LayerView
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["ArrowConfig", "ArrowGate", "ArrowRanks", "prototype"]
 

@@ -25,7 +25,8 @@ from dylora_stream.model.gates.base import Lesson, Scene, Stage
 from dylora_stream.model.gates.learning import Learning, by_ranks, learn_by_answers
 from dylora_stream.model.gates.members import all_allowed, member_softmax, members_of
 from dylora_stream.model.gates.table import ExpertTable, Tabled
-from dylora_stream.model.mixture import LayerView, StemOutput
+from dylora_stream.model.mixture import LayerView
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["AttentionGate", "AttentionRanks"]
 

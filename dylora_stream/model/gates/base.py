@@ -21,8 +21,9 @@ from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.core.statistics import LinearDiscriminant
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText
-from dylora_stream.model.mixture import Pool, RankGate, StemHook, StemOutput
+from dylora_stream.model.mixture import Pool, RankGate
 from dylora_stream.model.network import RouterNetwork
+from dylora_stream.model.stem import StemHook, StemOutput
 from dylora_stream.model.training import Company
 
 __all__ = ["BackboneGate", "Gate", "Lesson", "Memory", "Scene", "Stage", "Student", "Untrained"]

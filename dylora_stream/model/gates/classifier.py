@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.rows import Scaling, column_of, each_of, top_one
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["ClassifierConfig", "ClassifierGate"]
 

@@ -6,7 +6,7 @@ Against the paper: rows outside of every expert go to the backbone; the paper ha
 from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.gates.base import Scene, Untrained
 from dylora_stream.model.gates.rows import top_one
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["ClosedFormGate"]
 

@@ -29,7 +29,8 @@ from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.learning import prompt_mask
 from dylora_stream.model.gates.rows import Scaling, column_of, each_of, shared
 from dylora_stream.model.gates.uniform import Among
-from dylora_stream.model.mixture import YOUNG_SLOT, Pairs, StemOutput
+from dylora_stream.model.mixture import YOUNG_SLOT, Pairs
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["GainConfig", "GainGate"]
 

@@ -16,7 +16,7 @@ from dylora_stream.model.gates.base import Lesson, Scene, Stage, Student
 from dylora_stream.model.gates.closed_form import ClosedFormGate
 from dylora_stream.model.gates.mora import MoRAConfig, MoRARanks
 from dylora_stream.model.gates.uniform import Among
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["HierarchicalGate"]
 

@@ -10,7 +10,7 @@ import torch
 
 from dylora_stream.core.routing import Routing, RoutingConfig, decide, to_backbone
 from dylora_stream.model.gates.base import Scene, Untrained
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["HybridGate"]
 

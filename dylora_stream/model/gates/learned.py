@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dylora_stream.core.routing import Routing, RoutingConfig, decide, to_backbone
 from dylora_stream.model.exemplars import Exemplars, read_exemplars
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
-from dylora_stream.model.mixture import StemOutput
 from dylora_stream.model.network import COLUMN, RouterNetwork
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["LearnedConfig", "LearnedGate"]
 

@@ -17,7 +17,8 @@ from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.gates.base import Lesson, Stage
-from dylora_stream.model.mixture import RankGate, StemOutput
+from dylora_stream.model.mixture import RankGate
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["Gating", "Learning", "by_ranks", "by_stem", "learn_by_answers", "prompt_mask"]
 

@@ -19,7 +19,8 @@ from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.members import FAR, members_of
 from dylora_stream.model.gates.uniform import Among, everyone
-from dylora_stream.model.mixture import LayerView, StemOutput
+from dylora_stream.model.mixture import LayerView
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["MoRAConfig", "MoRAGate", "MoRARanks"]
 

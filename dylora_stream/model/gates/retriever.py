@@ -20,7 +20,7 @@ from torch import Tensor
 from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.rows import column_of, each_of, joined, shared, top_one
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["RetrieverConfig", "RetrieverGate"]
 

@@ -19,7 +19,8 @@ from dylora_stream.model.gates.base import Lesson, Scene, Stage
 from dylora_stream.model.gates.learning import by_stem
 from dylora_stream.model.gates.table import Tabled
 from dylora_stream.model.gates.uniform import Among
-from dylora_stream.model.mixture import RankGate, StemOutput
+from dylora_stream.model.mixture import RankGate
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["RowCompany", "RowRanks", "as_routing"]
 

@@ -22,7 +22,7 @@ from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.learning import Learning, by_stem, learn_by_answers
 from dylora_stream.model.gates.rows import Scaling, column_of, shared
-from dylora_stream.model.mixture import StemOutput
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["SAPTConfig", "SAPTGate"]
 

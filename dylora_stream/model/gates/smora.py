@@ -19,7 +19,8 @@ from dylora_stream.model.gates.balance import BIAS, Balanced
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
 from dylora_stream.model.gates.members import all_allowed, members_of, spread, top_members
 from dylora_stream.model.gates.table import ExpertTable, Tabled
-from dylora_stream.model.mixture import LayerView, StemOutput
+from dylora_stream.model.mixture import LayerView
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["SMoRAConfig", "SMoRAGate", "SMoRARanks"]
 

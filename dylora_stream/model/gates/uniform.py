@@ -17,7 +17,8 @@ from dylora_stream.core.messages import Policy
 from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
-from dylora_stream.model.mixture import YOUNG_SLOT, Pairs, RankGate, StemOutput
+from dylora_stream.model.mixture import YOUNG_SLOT, Pairs, RankGate
+from dylora_stream.model.stem import StemOutput
 
 __all__ = ["Among", "SumGate", "everyone"]
 

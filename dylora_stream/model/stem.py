@@ -1,0 +1,60 @@
+"""The stem's end in the middle of a forward pass: the hook that lets a router set who answers a row."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dylora_stream.model.backbone import Backbone
+from dylora_stream.model.features import stem_features
+
+__all__ = ["StemHook", "StemOutput"]
+
+
+@dataclass(frozen=True, slots=True)
+class StemOutput:
+    """What the router sees: states (B, T, d) of the stem, mask (B, T) of the prompt, features (B, d) float32."""
+
+    states: Tensor
+    mask: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, mask: Tensor) -> "StemOutput":
+        """With the features computed."""
+        return cls(states, mask, stem_features(states, mask))
+
+
+class StemHook:
+    """Calls a decision in front of the first layer above the stem, once a routed forward pass.
+
+    The layer itself sees a 4-D mask or none, so the 2-D one is given by context. Later passes of the same context (one
+    token each, while decoding) keep what was decided.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._pending: tuple[Tensor, Callable[[StemOutput], None]] | None = None
+        layer = backbone.layers[backbone.stem_layers]
+        self._handle = layer.register_forward_pre_hook(self._at_stem, with_kwargs=True)
+
+    @contextmanager
+    def routing(self, mask: Tensor, decide: Callable[[StemOutput], None]) -> Iterator[None]:
+        """Within: the next forward pass calls `decide`, which sets the gates. mask: (B, T) of the prompt's tokens."""
+        self._pending = (mask, decide)
+        try:
+            yield
+        finally:
+            self._pending = None
+
+    def close(self) -> None:
+        """Take the hook off the model. May be called twice."""
+        self._handle.remove()
+
+    def _at_stem(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._pending is None:
+            return
+        (mask, decide), self._pending = self._pending, None
+        states = args[0] if args else kwargs["hidden_states"]
+        decide(StemOutput.of(states, mask))
