@@ -28,6 +28,7 @@ class Pace:
     trickle_per_s: float = 0.8  # records while an expert is in training, still in bursts
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
     phase_records: int = 320  # of the new task; then the next one comes, expert or not
+    kept_share: float = 0.3  # of a task's rows, for its return: what an expert learned shows on rows behind it
     after_records: int = 60  # a task, after its expert was live, before the stream may end
     deadline_s: float = 900.0  # the stream ends, whatever is still missing
     kill_serve_at: int | None = None  # records sent
@@ -79,8 +80,9 @@ class Player:
 
     def _phase(self, task: Task, earlier: Sequence[Task]) -> None:
         known = set(self._journal.live_at)
-        limit = self._next[task.name] + self._pace.phase_records
-        while self._left(task) and self._next[task.name] < limit and not self._is_late():
+        first_time = round(len(task.rows) * (1 - self._pace.kept_share))
+        limit = min(self._next[task.name] + self._pace.phase_records, first_time)
+        while self._next[task.name] < limit and not self._is_late():
             self._send_when_room(lambda: self._pick(task, earlier))
             if self._is_served(task, known):
                 return

@@ -32,7 +32,8 @@ from dylora_stream.core.routing import NULL_EXPERT, Routing
 from dylora_stream.model.backbone import IGNORED, Backbone, Tokens, load_backbone
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.gates import GATES, ClosedFormGate
-from dylora_stream.model.gates.uniform import SumGate
+from dylora_stream.model.gates.base import Lesson, Stage
+from dylora_stream.model.gates.uniform import Among, SumGate
 from dylora_stream.model.training import Trained, score_rows, train_expert
 from dylora_stream.settings import Settings
 
@@ -362,9 +363,14 @@ def test_what_cannot_be_read_counts_as_missing(tmp_path: Path) -> None:
 
 
 class OrderFreeGate(SumGate):
-    """Says that its experts depend on no other."""
+    """Its experts train in a company of nobody."""
 
     is_order_free = True
+
+    def company(self, stage: Stage, lesson: Lesson) -> Among:
+        """The new expert and no other."""
+        del lesson
+        return Among(replace(stage, slots={}))
 
 
 def test_experts_of_an_order_free_gate_are_shared_by_all_orders(
