@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dylora_stream.bootstrap.parts import SystemClock, expert_store, kafka_of, model_path, router_parts
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, Topic
-from dylora_stream.core.ports import Answerer
+from dylora_stream.core.ports import Activation, Answerer
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import ServePorts, ServeService, Worker
@@ -43,8 +43,8 @@ class _Metered:
         self._answerer = answerer
         self.cpu_s = 0.0
 
-    def activate(self, registry: Registry) -> tuple[str, ...]:
-        return self._answerer.activate(registry)
+    def prepare(self, registry: Registry) -> Activation:
+        return self._answerer.prepare(registry)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         began = time.process_time()

@@ -21,8 +21,8 @@ from dylora_stream.core.messages import (
 )
 
 __all__ = [
-    "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore", "IndexFactory",
-    "JobUpdate", "Partition", "Sink", "Source", "VectorIndex",
+    "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore",
+    "IndexFactory", "JobUpdate", "Partition", "Sink", "Source", "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -143,12 +143,17 @@ class Clock(Protocol):
         """Never goes back, seconds."""
 
 
-class Answerer(Protocol):
-    """The model as serve sees it: registry in, answers out. Not thread-safe."""
+Activation = Callable[[], tuple[str, ...]]
+"""Serves a prepared registry from the next batch on, whole; called between batches, takes milliseconds. Returns the
+names of versions that could not be loaded (their old version, if any, stays)."""
 
-    def activate(self, registry: Registry) -> tuple[str, ...]:
-        """Serve this registry from the next batch on, whole. Returns the names of versions that could not be loaded
-        (their old version, if any, stays). Blocks while files are read."""
+
+class Answerer(Protocol):
+    """The model as serve sees it: registry in, answers out. Not thread-safe, but for `prepare`."""
+
+    def prepare(self, registry: Registry) -> Activation:
+        """Everything slow about serving a registry: files are read, statistics fitted. May run in another thread while
+        `answer` goes on; one at a time, and what it returned is called before the next one begins."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Never reads `output`, `skill` or `id`. Raises BadRecord for a single request

@@ -28,7 +28,9 @@ class Pace:
     trickle_per_s: float = 0.8  # records while an expert is in training, still in bursts
     return_share: float = 0.25  # of a phase's records that belong to tasks seen before
     phase_records: int = 320  # of the new task; then the next one comes, expert or not
-    kept_share: float = 0.3  # of a task's rows, for its return: what an expert learned shows on rows behind it
+    kept_share: float = (
+        0.3  # of a task's rows, for its return: what an expert learned shows on rows behind it
+    )
     after_records: int = 60  # a task, after its expert was live, before the stream may end
     deadline_s: float = 900.0  # the stream ends, whatever is still missing
     kill_serve_at: int | None = None  # records sent

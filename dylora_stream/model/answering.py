@@ -16,7 +16,7 @@ from dylora_stream.core.errors import BadRecord, ExpertCorrupt, ModelMismatch
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, RoutingWeight
 from dylora_stream.core.novelty import NoveltyScores
-from dylora_stream.core.ports import ExpertStore
+from dylora_stream.core.ports import Activation, ExpertStore
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.config import GenerationConfig
 from dylora_stream.model.decoding import generate, rank_choices
@@ -47,10 +47,14 @@ class MixtureAnswerer:
         return self._live.feature_space
 
     def activate(self, registry: Registry) -> tuple[str, ...]:
-        """Serve this registry. Versions that are live already are not read again; everything is swapped at the end.
+        """`prepare`, and the swap at once."""
+        return self.prepare(registry)()
 
-        Returns the names of versions that could not be loaded (`router` for the router). Raises ModelMismatch, and
-        changes nothing, for a registry of another backbone or feature space.
+    def prepare(self, registry: Registry) -> Activation:
+        """See the port. Versions that are live already are not read again; everything is swapped at the end.
+
+        The activation names `router` where the router could not be loaded. Raises ModelMismatch, and changes nothing,
+        for a registry of another backbone or feature space.
         """
         self._check(registry)
         live = {expert.expert_id: expert for expert in self._live.experts}
@@ -73,9 +77,14 @@ class MixtureAnswerer:
             network, source = self._router_of(registry)
         except (ExpertCorrupt, ModelMismatch):
             failed.append("router")
-        self._live.install(chosen, network)
-        self._network, self._network_source = network, source
-        return tuple(failed)
+        install = self._live.prepared(chosen, network)
+
+        def activate() -> tuple[str, ...]:
+            install()
+            self._network, self._network_source = network, source
+            return tuple(failed)
+
+        return activate
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Raises BadRecord for the first that is too long or has too many choices."""

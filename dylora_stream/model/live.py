@@ -113,10 +113,17 @@ class LiveExperts:
             )
 
     def install(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None = None) -> None:
-        """Make exactly these experts live. Everything that can fail comes first, but for the gate's lessons: a gate
-        may read the slots, so they are written before it learns, and back should it fail.
+        """Make exactly these experts live: `prepared`, and the swap at once."""
+        self.prepared(experts, network)()
 
-        An expert that is live already keeps its slot, and its blocks are not written again.
+    def prepared(
+        self, experts: Sequence[LoadedExpert], network: RouterNetwork | None = None
+    ) -> Callable[[], None]:
+        """What is slow, and may run beside serving, is done; what is returned makes exactly these experts live.
+
+        Everything that can fail comes first, but for the gate's lessons: a gate may read the slots, so they are
+        written before it learns, and back should it fail. An expert that is live already keeps its slot, and its
+        blocks are not written again.
         """
         if len(experts) > self.pool.slots:
             raise ModelMismatch(
@@ -125,6 +132,9 @@ class LiveExperts:
         for expert in experts:
             self.check(expert)
         router = self._router_of(experts, network)
+        return lambda: self._swap(experts, router)
+
+    def _swap(self, experts: Sequence[LoadedExpert], router: Router) -> None:
         slots = self._places(experts)
         try:
             self._write(experts, slots)

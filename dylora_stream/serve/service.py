@@ -2,7 +2,7 @@
 
 The order of a batch (the transaction's steps 1, 2 and 4 to 8 live in the source and the sink):
 
-    a  take the newest registry, whole, between batches
+    a  take the newest registry, whole, between batches, once it has been prepared beside them
     b  poll (steps 1, 2)
     c  answer, outside the transaction (step 3)
     d  publish results, events, samples, dead letters and offsets (steps 4 to 8)
@@ -12,6 +12,7 @@ Invariant: nothing is kept between batches but the registry, so a batch taken ag
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from dylora_stream.core.errors import TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import RawRecord
-from dylora_stream.core.ports import Answerer, Changelog, Clock, Codec, Sink, Source
+from dylora_stream.core.ports import Activation, Answerer, Changelog, Clock, Codec, Sink, Source
 from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
 
 __all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService", "Worker"]
@@ -87,6 +88,8 @@ class Worker:
 @dataclass(slots=True)
 class _Progress:
     registry: Registry = field(default_factory=Registry)
+    newest: Registry = field(default_factory=Registry)
+    preparing: tuple[Registry, Future[Activation]] | None = None
     is_ready: bool = False
     is_draining: bool = False
 
@@ -100,6 +103,7 @@ class ServeService:
         self._config = config
         self._worker = worker
         self._progress = _Progress()
+        self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
 
     @property
     def is_ready(self) -> bool:
@@ -117,7 +121,9 @@ class ServeService:
 
     def run(self) -> None:
         """Answer until drained; a BrokerError, StoreError or ModelError ends it."""
-        self._activate(self._ports.changelog.catch_up(self._config.registry_timeout_s))
+        self._note(self._ports.changelog.catch_up(self._config.registry_timeout_s))
+        self._prepare()
+        self._activate(is_waiting=True)
         self._announce(EventType.WORKER_STARTED)
         self._progress.is_ready = True
         log.info(
@@ -126,12 +132,15 @@ class ServeService:
         while not self._progress.is_draining:
             self.step()
         self._progress.is_ready = False
+        self._preparer.shutdown(cancel_futures=True)
         self._announce(EventType.WORKER_STOPPED)
         log.info("worker_stopped", role="serve")
 
     def step(self) -> int:
         """One batch, a to e; returns how many records it settled."""
-        self._activate(self._ports.changelog.poll())
+        self._note(self._ports.changelog.poll())
+        self._prepare()
+        self._activate()
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
         if not batch:
@@ -157,13 +166,28 @@ class ServeService:
             )
         return len(batch.records)
 
-    def _activate(self, records: list[RawRecord]) -> None:
-        newest = None
+    def _note(self, records: list[RawRecord]) -> None:
         for record in records:
-            newest = self._ports.codec.decode_registry(record) or newest
-        if newest is None or newest.number <= self.registry.number:
+            found = self._ports.codec.decode_registry(record)
+            if found is not None and found.number > self._progress.newest.number:
+                self._progress.newest = found
+
+    def _prepare(self) -> None:
+        """Begin with the newest registry, one at a time; those between are never served."""
+        progress = self._progress
+        if progress.preparing is None and progress.newest.number > self.registry.number:
+            future = self._preparer.submit(self._ports.answerer.prepare, progress.newest)
+            progress.preparing = (progress.newest, future)
+
+    def _activate(self, *, is_waiting: bool = False) -> None:
+        """Swap to the registry that is prepared, if one is; `is_waiting` waits for it."""
+        if self._progress.preparing is None:
             return
-        failed = self._ports.answerer.activate(newest)
+        newest, future = self._progress.preparing
+        if not (is_waiting or future.done()):
+            return
+        self._progress.preparing = None
+        failed = future.result()()
         self._progress.registry = newest
         self._ports.metrics.activated(newest)
         log.info(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import Answer, Novelty, Request
-from dylora_stream.core.ports import Answerer
+from dylora_stream.core.ports import Activation, Answerer
 
 __all__ = ["SharedAnswerer"]
 
@@ -17,10 +17,15 @@ class SharedAnswerer:
         self._answerer = answerer
         self._lock = threading.Lock()
 
-    def activate(self, registry: Registry) -> tuple[str, ...]:
-        """See the port."""
-        with self._lock:
-            return self._answerer.activate(registry)
+    def prepare(self, registry: Registry) -> Activation:
+        """See the port; only the swap waits for the batch at hand."""
+        activation = self._answerer.prepare(registry)
+
+        def activate() -> tuple[str, ...]:
+            with self._lock:
+                return activation()
+
+        return activate
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See the port."""

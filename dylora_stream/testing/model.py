@@ -12,6 +12,7 @@ from dylora_stream.core.messages import (
     Request,
     RoutingWeight,
 )
+from dylora_stream.core.ports import Activation
 
 __all__ = ["UniformAnswerer"]
 
@@ -27,10 +28,14 @@ class UniformAnswerer:
         self._features = np.zeros(features, dtype=np.float32)
         self.registry = Registry()
 
-    def activate(self, registry: Registry) -> tuple[str, ...]:
+    def prepare(self, registry: Registry) -> Activation:
         """See the port."""
-        self.registry = registry
-        return ()
+
+        def activate() -> tuple[str, ...]:
+            self.registry = registry
+            return ()
+
+        return activate
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See the port."""
