@@ -37,7 +37,6 @@ BACKBONE_SLOT = 0  # the null expert: no blocks
 YOUNG_SLOT = -1  # the expert that is being trained
 # Distinct experts in a batch, for each member of a row, up to which the shared way is faster.
 SHARED_EXPERTS = 4
-SHARED_EXPERTS_BFLOAT16 = 8  # batched products are slow there
 SHARED_EXPERTS_DECODING = 32  # where a row has a single token
 
 
@@ -243,8 +242,7 @@ class Pool:
 
     def _shared_experts(self, members: int, least: int) -> tuple[int, int]:
         """Of rows of one token, and of more."""
-        limit = SHARED_EXPERTS_BFLOAT16 if self._dtype is torch.bfloat16 else SHARED_EXPERTS
-        return max(SHARED_EXPERTS_DECODING * members, least), max(limit * members, least)
+        return max(SHARED_EXPERTS_DECODING * members, least), max(SHARED_EXPERTS * members, least)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -257,10 +255,15 @@ class Pool:
         inputs = x.reshape(rows, -1, x.shape[-1])  # some models flatten (B·T, d)
         is_shared = gates.is_shared(inputs.shape[1])
         low, b = self._low(name, x, inputs, gates), self._gathered(self._b, (name,), gates, shared=is_shared)
+        may_write = not (
+            output.requires_grad or low.requires_grad
+        )  # nobody else has the output yet: a quarter less
         if is_shared:
-            whole = torch.addmm(output.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1]), b)
+            whole, low = output.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1])
+            whole = whole.addmm_(low, b) if may_write else torch.addmm(whole, low, b)
         else:
-            whole = torch.baddbmm(output.reshape(rows, -1, shape[-1]), low, b)
+            whole = output.reshape(rows, -1, shape[-1])
+            whole = whole.baddbmm_(low, b) if may_write else torch.baddbmm(whole, low, b)
         return whole.view(shape)
 
     def _low(self, name: str, x: Tensor, inputs: Tensor, gates: _Gates) -> Tensor:
