@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
+PROOF_ROWS = 4  # what differs in handing states on differs in any batch; a larger one costs as much as it saves
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
 SCORE_BATCH = 16  # rows of one scoring pass
 
@@ -225,9 +226,8 @@ class _StemCache:
     def proved(cls, backbone: Backbone, rows: Sequence[_Row]) -> "_StemCache | None":
         """A filled cache, or None where it would be too large or does not give the full pass's states."""
         size = sum(len(row) for row in rows) * backbone.width * backbone.dtype.itemsize
-        first = length_sorted([len(row) for row in rows], SCORE_BATCH)[-1]
-        tokens = _padded(backbone, [rows[row] for row in first])
-        if size > STEM_CACHE_BYTES or not _replays(backbone, tokens):
+        shortest = sorted(rows, key=len)[:PROOF_ROWS]
+        if size > STEM_CACHE_BYTES or not _replays(backbone, _padded(backbone, shortest)):
             return None
         states: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen in length_sorted([len(row) for row in rows], SCORE_BATCH):
