@@ -53,7 +53,7 @@ def requests_of(settings: Settings) -> list[RawRecord]:
         log.close()
 
 
-def test_topics_are_missing_then_created_then_listed(command: Command) -> None:
+def test_topics_are_absent_then_created_then_listed(command: Command) -> None:
     """list fails until create has run; create may run again."""
     assert "missing" in command("topics", "list", code=1)
     assert "requests" in command("topics", "create")
