@@ -31,7 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
-PROOF_ROWS = 4  # what differs in handing states on differs in any batch; a larger one costs as much as it saves
+PROOF_ROWS = (
+    4  # what differs in handing states on differs in any batch; a larger one costs as much as it saves
+)
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
 SCORE_BATCH = 16  # rows of one scoring pass
 

@@ -1,8 +1,9 @@
 """One micro-batch: records in, messages out. No I/O; what it returns goes out in one transaction.
 
 A record that cannot be decoded, or that the model cannot answer, becomes a dead letter and the rest goes on: a batch
-that fails is halved until the culprit stands alone. The right answer that a request may carry (`output`) is taken off
-before the model sees it, so it can never touch the answer or the route.
+that fails is halved until the culprit stands alone. Before a record is blamed for what the model raised, the model has
+to answer a plain one: a device that fails at everything stops the process and buries nothing. The right answer that a
+request may carry (`output`) is taken off before the model sees it, so it can never touch the answer or the route.
 """
 
 import zlib
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dylora_stream.core.errors import BadRecord, DyloraError
+from dylora_stream.core.errors import BadRecord, DyloraError, ModelError
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.messages import (
     Answer,
@@ -27,6 +28,8 @@ from dylora_stream.core.ports import Answerer, Clock, Codec
 __all__ = ["Outcome", "Pipeline", "PipelineConfig", "Serving"]
 
 HASH_RANGE = 2**32
+UNANSWERABLE = "unanswerable"  # a dead letter's reason: the model raised
+PLAIN_INPUT = "a plain text"  # any model that works has an answer to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +105,9 @@ class Pipeline:
                 raise
             failure = error
         except (RuntimeError, ValueError, IndexError) as error:
-            failure = BadRecord("unanswerable", f"the model failed on this record: {error}", stage="answer")
+            failure = BadRecord(UNANSWERABLE, f"the model failed on this record: {error}", stage="answer")
         if len(requests) == 1:
+            self._blame(failure, requests[0])
             self._bury(records[requests[0].position], failure, outcome)
             return []
         half = len(requests) // 2
@@ -111,6 +115,20 @@ class Pipeline:
             *self._answer(requests[:half], records, outcome),
             *self._answer(requests[half:], records, outcome),
         ]
+
+    def _blame(self, failure: BadRecord, request: Request) -> None:
+        """Raises ModelError when it is not the record: the model cannot answer a plain one either."""
+        if failure.reason != UNANSWERABLE:
+            return
+        try:
+            self._answerer.answer(
+                [Request(position=request.position, input=PLAIN_INPUT, tenant=request.tenant)]
+            )
+        except (DyloraError, RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"the model fails on every record, a plain one too ({error}): check the device and its memory, "
+                "then start again; no record was lost"
+            ) from error
 
     def _bury(self, record: RawRecord, error: BadRecord, outcome: Outcome) -> None:
         letter = DeadLetter(record=record, stage=error.stage, reason=error.reason, message=str(error))

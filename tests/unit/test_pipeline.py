@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dylora_stream.core.errors import BadRecord, BrokerError
+from dylora_stream.core.errors import BadRecord, BrokerError, ModelError
 from dylora_stream.core.messages import Answer, Position, RawRecord, Request, Topic
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig, Serving
 from dylora_stream.stream.wire import WireCodec
@@ -76,6 +76,20 @@ def test_a_record_that_the_model_chokes_on_is_found_by_halving(error: Exception)
     outcome = pipeline(ChokingAnswerer(error)).answer(records(*texts), SERVING)
     assert topics(outcome).count(Topic.RESULTS) == 7
     assert topics(outcome).count(Topic.DEAD_LETTERS) == 1
+
+
+def test_a_model_that_fails_at_everything_stops_the_process_and_buries_nothing() -> None:
+    """A device that is gone is not the records' fault: a plain text fails as well."""
+
+    class BrokenAnswerer(UniformAnswerer):
+        """Its device is gone."""
+
+        def answer(self, requests: Sequence[Request]) -> list[Answer]:
+            """See the port."""
+            raise RuntimeError("device lost")
+
+    with pytest.raises(ModelError, match="device lost"):
+        pipeline(BrokenAnswerer()).answer(records({"input": "a"}, {"input": "b"}), SERVING)
 
 
 def test_a_broken_broker_is_no_bad_record() -> None:
