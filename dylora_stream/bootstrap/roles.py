@@ -132,12 +132,11 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
 
 
 def _child_process(settings: Settings) -> "ChildProcess":
-    """Learn's child, not started yet. Waiting OpenMP threads sleep: spinning ones would take the cores from serve."""
+    """Learn's child, not started yet."""
     from dylora_stream.learn.jobs import ChildConfig, ChildProcess
 
     environment = {
         "OMP_NUM_THREADS": str(settings.learn.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
@@ -190,7 +189,7 @@ def supervise(settings: Settings) -> int:
     roles = [
         Role(name=name, command=(*base, "--role", name, *settings.arguments)) for name in ("serve", "learn")
     ]
-    return Supervisor(roles, {"OMP_WAIT_POLICY": "PASSIVE"}, settings.serve.drain_deadline_s).run()
+    return Supervisor(roles, settings.serve.drain_deadline_s).run()
 
 
 class _Service(Protocol):

@@ -8,11 +8,10 @@ would not mend it.
 The end: 1 SIGTERM to both · 2 wait for the deadline · 3 SIGKILL to what is left. A second signal skips the waiting.
 """
 
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -48,11 +47,8 @@ class _Running:
 class Supervisor:
     """Runs roles until a signal, or until one of them cannot go on."""
 
-    def __init__(
-        self, roles: Sequence[Role], environment: Mapping[str, str], drain_deadline_s: float
-    ) -> None:
+    def __init__(self, roles: Sequence[Role], drain_deadline_s: float) -> None:
         self._roles = {role.name: role for role in roles}
-        self._environment = dict(environment)
         self._deadline_s = drain_deadline_s
         self._running: dict[str, _Running] = {}
         self._signals = 0
@@ -79,7 +75,6 @@ class Supervisor:
             self._roles[name].command,
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, **self._environment},
         )
         log.info("role_started", role=name, pid=process.pid)
         return process
