@@ -18,9 +18,9 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130
 TERMINATED = 143
-# Turns that a thread of OpenMP waits awake for its next piece of work, about a tenth of a millisecond, before it sleeps.
-# Waking for each of a pass's hundreds of products costs a third of its time (decoding, 2 threads: 1.31 s asleep at once,
-# 0.92 s so); waiting awake for long takes a core from the training child.
+# Turns that a thread of OpenMP waits awake for its next piece of work before it sleeps, about a tenth of a millisecond.
+# Waking for each of a pass's hundreds of products costs a third of its time (decoding, 2 threads: 1.31 s when they
+# sleep at once, 0.92 s so); waiting awake for long takes a core from the training child.
 SPIN = "20000"
 
 HELP = """A language model behind a Kafka topic that grows a LoRA expert for each new kind of record.
