@@ -6,6 +6,7 @@ A real Kafka is, in this order: DYLORA_TEST_BOOTSTRAP, a container (testcontaine
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 MakeConfig = Callable[..., "KafkaConfig"]
 
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """A shell starts background work with Ctrl-C ignored, which children inherit: commands under test must hear it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def has_docker() -> bool:
