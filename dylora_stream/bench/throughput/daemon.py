@@ -7,6 +7,7 @@ for while the texts stay those of the bare model. With a tiny model, the process
 for a record.
 """
 
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,16 @@ def measure_daemon(bench: Bench) -> None:
     ):
         for load in loads:
             here = _here(bench.settings, servers, Path(folder), load.name)
-            bench.keep(load.name, _rounds(bench, load, here, backbone), is_speed=True)
+            rounds = _rounds(bench, load, here, backbone)
+            _tell_rates(bench, load, rounds)
+            bench.keep(load.name, rounds, is_speed=True)
+
+
+def _tell_rates(bench: Bench, load: _Load, rounds: Sequence[tuple[float, float]]) -> None:
+    """Records a second of both, medians of the rounds."""
+    bare, daemon = (len(load.requests) / statistics.median(times) for times in zip(*rounds, strict=True))
+    bench.notes[f"{load.name}_records_per_s"] = {"bare": round(bare, 2), "kafka_to_kafka": round(daemon, 2)}
+    bench.console.print(f"  records/s: bare {bare:.1f}, Kafka to Kafka {daemon:.1f}")
 
 
 def _rounds(bench: Bench, load: _Load, here: Settings, backbone: Backbone) -> list[tuple[float, float]]:
