@@ -38,8 +38,11 @@ def demo(
         ".dylora/demo"
     ),
     deadline: Annotated[
-        float, typer.Option(min=1, help="Seconds after which no more records are sent.")
-    ] = 900.0,
+        float | None,
+        typer.Option(
+            min=1, help="Seconds after which no more records are sent; else 280 for each kind, at least 900."
+        ),
+    ] = None,
 ) -> None:
     """Play a stream of real records through the whole daemon and show what it learned.
 

@@ -31,6 +31,9 @@ LONGEST_START_S = 120.0  # of the daemon, until serve says that it is there
 LONGEST_END_S = 60.0
 CHARS_A_TOKEN = 2.5  # of answers full of names, numbers and signs
 
+LEAST_DEADLINE_S = 900.0
+DEADLINE_S_PER_KIND = 280.0  # its rows at a trickle while its expert trains, on two cores
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
@@ -42,7 +45,11 @@ class DemoConfig:
     kill_serve_at: int | None = None
     kill_learn_at: int | None = None
     report: Path | None = None
-    deadline_s: float = 900.0
+    deadline_s: float | None = None  # None: as many kinds need
+
+    def deadline_for(self, kinds: int) -> float:
+        """Seconds until no more records are sent."""
+        return self.deadline_s or max(LEAST_DEADLINE_S, DEADLINE_S_PER_KIND * kinds)
 
 
 def read_tasks(folder: Path, rows: int | None) -> list[Task]:
@@ -91,7 +98,9 @@ def _play(
     bootstrap.create_topics(settings)
     view = View(console, tasks, journal)
     pace = Pace(
-        kill_serve_at=config.kill_serve_at, kill_learn_at=config.kill_learn_at, deadline_s=config.deadline_s
+        kill_serve_at=config.kill_serve_at,
+        kill_learn_at=config.kill_learn_at,
+        deadline_s=config.deadline_for(len(tasks)),
     )
     with _Daemon(settings, config.folder) as daemon, bootstrap.Traffic(settings) as wire:
         traffic = _DemoTraffic(wire, journal, view, daemon)
