@@ -1,4 +1,7 @@
-"""Tiny causal language models with random weights, as folders: a Llama and a GPT-2 (fused projections, Conv1D)."""
+"""Tiny causal language models with random weights, as folders: a Llama and a GPT-2 (fused projections, Conv1D).
+
+And random adapters for them.
+"""
 
 from pathlib import Path
 
@@ -13,6 +16,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from dylora_stream.model.adapters import Adapter
+from dylora_stream.model.backbone import Backbone, linear_shape
 
 END = "<|end|>"
 VOCABULARY = 257  # bytes and the end token
@@ -64,3 +70,14 @@ def _saved(architecture: type[PreTrainedModel], config: LlamaConfig | GPT2Config
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
     fast.save_pretrained(folder)
     return folder
+
+
+def random_adapter(backbone: Backbone, seed: int, rank: int = 4) -> Adapter:
+    """An adapter of every layer above the stem, strong enough to change answers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in backbone.upper_linears().items():
+        d_in, d_out = linear_shape(module)
+        a = torch.randn((rank, d_in), generator=generator) * d_in**-0.5
+        tensors[name] = (a, torch.randn((d_out, rank), generator=generator) * 0.5)
+    return Adapter(rank=rank, tensors=tensors)

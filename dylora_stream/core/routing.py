@@ -17,7 +17,6 @@ from dylora_stream.core.statistics import softmax
 
 __all__ = [
     "METHODS", "NULL_EXPERT", "SERVED_METHODS", "Method", "Routing", "RoutingConfig", "decide", "to_backbone",
-    "within",
 ]  # fmt: skip
 
 NULL_EXPERT = -1  # the backbone's index among the experts
@@ -29,9 +28,7 @@ Method = Literal[
 METHODS: tuple[Method, ...] = get_args(Method)
 # What they learn follows from the installed experts' adapters and features: any worker can repeat it, in install order.
 # The others learn from stored rows, or their experts train in their company, which the daemon does not do.
-SERVED_METHODS: tuple[Method, ...] = (
-    "hybrid", "closed_form", "base", "sum", "ridge", "retriever", "moa", "mora", "arrow", "hierarchical",
-)  # fmt: skip
+SERVED_METHODS: tuple[Method, ...] = ("hybrid", "closed_form", "base", "ridge", "retriever", "moa", "arrow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,32 +93,6 @@ def to_backbone(rows: int) -> Routing:
     """All rows to the bare backbone."""
     experts = np.full((rows, 1), NULL_EXPERT, dtype=np.int64)
     return Routing(experts, np.ones((rows, 1), dtype=np.float32), (Policy.BACKBONE,) * rows)
-
-
-def within(routing: Routing, allowed: np.ndarray) -> Routing:
-    """The routing less members that a row may not use, allowed: (n, E) bool; a row that loses all is the backbone's.
-
-    What is left keeps its weight: gates that share rows among allowed experts alone are handed back as they are.
-    """
-    is_expert = routing.experts != NULL_EXPERT
-    is_stray = is_expert & ~np.take_along_axis(
-        np.pad(allowed, ((0, 0), (0, 1))), routing.experts, axis=1
-    )  # -1 takes the column added last
-    if not is_stray.any():
-        return routing
-    experts = np.where(is_stray, NULL_EXPERT, routing.experts)
-    weights = np.where(is_stray, np.float32(0), routing.weights)
-    is_left = (weights != 0).any(axis=1)
-    weights[~is_left, 0] = 1.0
-    order = np.argsort(-weights, axis=1, kind="stable")
-    experts, weights = np.take_along_axis(experts, order, axis=1), np.take_along_axis(weights, order, axis=1)
-    policies = tuple(
-        policy if left else Policy.BACKBONE for policy, left in zip(routing.policies, is_left, strict=True)
-    )
-    ranks = routing.rank_weights
-    if ranks is not None:
-        ranks = np.take_along_axis(ranks, order[:, :, None], axis=1)
-    return Routing(experts, weights, policies, ranks)
 
 
 def decide(

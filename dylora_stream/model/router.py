@@ -13,7 +13,7 @@ import numpy as np
 
 from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
 from dylora_stream.core.ports import IndexFactory
-from dylora_stream.core.routing import Routing, within
+from dylora_stream.core.routing import Routing
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.gates.base import Gate, Scene, Student
 from dylora_stream.model.network import RouterNetwork
@@ -92,7 +92,7 @@ class Router:
             network=self._network,
             expert_ids=self._expert_ids,
         )
-        return Routed(within(self._gate.decide(stem, scene), allowed), scores)
+        return Routed(self._gate.decide(stem, scene), scores)
 
     def score(self, features: np.ndarray, allowed: np.ndarray) -> NoveltyScores:
         """Novelty alone, of features (B, d) float32."""

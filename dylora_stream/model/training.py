@@ -31,9 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
-PROOF_ROWS = (
-    4  # what differs in handing states on differs in any batch; a larger one costs as much as it saves
-)
+PROOF_ROWS = 2  # shortest rows, and as many longest ones: the proof is passes that train nothing
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
 SCORE_BATCH = 16  # rows of one scoring pass
 
@@ -228,8 +226,9 @@ class _StemCache:
     def proved(cls, backbone: Backbone, rows: Sequence[_Row]) -> "_StemCache | None":
         """A filled cache, or None where it would be too large or does not give the full pass's states."""
         size = sum(len(row) for row in rows) * backbone.width * backbone.dtype.itemsize
-        shortest = sorted(rows, key=len)[:PROOF_ROWS]
-        if size > STEM_CACHE_BYTES or not _replays(backbone, _padded(backbone, shortest)):
+        by_length = sorted(rows, key=len)
+        few = by_length[:PROOF_ROWS] + by_length[-PROOF_ROWS:]  # much padding, and the longest there is
+        if size > STEM_CACHE_BYTES or not _replays(backbone, _padded(backbone, few)):
             return None
         states: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen in length_sorted([len(row) for row in rows], SCORE_BATCH):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import tiny_gpt2, tiny_llama
+from models import random_adapter, tiny_gpt2, tiny_llama
 from safetensors.numpy import save_file
 
 from dylora_stream.core.errors import BadRecord, ModelMismatch
@@ -17,7 +17,7 @@ from dylora_stream.core.novelty import NoveltyConfig
 from dylora_stream.core.routing import RoutingConfig, decide
 from dylora_stream.model.adapters import Adapter, load_adapter, save_adapter
 from dylora_stream.model.answering import MixtureAnswerer
-from dylora_stream.model.backbone import Backbone, linear_shape, load_backbone
+from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import GenerationConfig, ModelConfig, PoolConfig
 from dylora_stream.model.features import LabelledText, read_stem
 from dylora_stream.model.gates import BackboneGate, ClosedFormGate, Gate, HybridGate
@@ -88,17 +88,6 @@ def texts(skill: str, count: int, seed: int = 0) -> list[str]:
     """Texts of a skill."""
     rng = np.random.default_rng([seed, hash_of(skill)])
     return [SKILLS[skill](rng) for _ in range(count)]
-
-
-def random_adapter(backbone: Backbone, seed: int) -> Adapter:
-    """An adapter of every layer above the stem, strong enough to change answers."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in backbone.upper_linears().items():
-        d_in, d_out = linear_shape(module)
-        a = torch.randn((4, d_in), generator=generator) * d_in**-0.5
-        tensors[name] = (a, torch.randn((d_out, 4), generator=generator) * 0.5)
-    return Adapter(rank=4, tensors=tensors)
 
 
 def ask(*inputs: str, tenant: str = "default", choices: tuple[str, ...] = ()) -> list[Request]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_gpt2, tiny_llama
+from models import random_adapter, tiny_gpt2, tiny_llama
 from peft import PeftModel
 
 from dylora_stream.core.errors import ModelMismatch
-from dylora_stream.model.adapters import Adapter, save_adapter
-from dylora_stream.model.backbone import Backbone, linear_shape, load_backbone
+from dylora_stream.model.adapters import save_adapter
+from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
 from dylora_stream.model.decoding import generate
 from dylora_stream.model.mixture import Pool
@@ -40,17 +40,6 @@ def pool(backbone: Backbone) -> Iterator[Pool]:
         pool.write(slot, random_adapter(backbone, slot))
     yield pool
     pool.close()
-
-
-def random_adapter(backbone: Backbone, seed: int, rank: int = 4) -> Adapter:
-    """An adapter of every layer above the stem, strong enough to change answers."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in backbone.upper_linears().items():
-        d_in, d_out = linear_shape(module)
-        a = torch.randn((rank, d_in), generator=generator) * d_in**-0.5
-        tensors[name] = (a, torch.randn((d_out, rank), generator=generator) * 0.5)
-    return Adapter(rank=rank, tensors=tensors)
 
 
 def logits_of(backbone: Backbone, texts: list[str]) -> torch.Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import tiny_llama
+from models import random_adapter, tiny_llama
 from torch import Tensor
 
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import Routing
 from dylora_stream.model.adapters import Adapter
-from dylora_stream.model.backbone import Backbone, Tokens, linear_shape, load_backbone
+from dylora_stream.model.backbone import Backbone, Tokens, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
 from dylora_stream.model.decoding import generate
 from dylora_stream.model.features import LabelledText, read_stem
@@ -70,17 +70,6 @@ def stage(backbone: Backbone) -> Iterator[Stage]:
     yield Stage(backbone=backbone, pool=pool, hook=hook, slots={})
     pool.close()
     hook.close()
-
-
-def random_adapter(backbone: Backbone, seed: int) -> Adapter:
-    """An adapter of every layer above the stem, strong enough to change answers."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in backbone.upper_linears().items():
-        d_in, d_out = linear_shape(module)
-        a = torch.randn((RANK, d_in), generator=generator) * d_in**-0.5
-        tensors[name] = (a, torch.randn((d_out, RANK), generator=generator) * 0.5)
-    return Adapter(rank=RANK, tensors=tensors)
 
 
 def memory_of(backbone: Backbone, expert_id: str) -> Memory:

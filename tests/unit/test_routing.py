@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dylora_stream.core.messages import Policy
-from dylora_stream.core.routing import NULL_EXPERT, Routing, RoutingConfig, decide, within
+from dylora_stream.core.routing import NULL_EXPERT, Routing, RoutingConfig, decide
 
 CONFIG = RoutingConfig()
 SURE = 1000.0
@@ -64,19 +64,6 @@ def test_an_expert_of_another_tenant_never_answers() -> None:
     allowed = np.array([[False, True]])
     routing = decide(np.array([[SURE, 0.0]]), np.array([True, False]), np.zeros(1, bool), allowed, CONFIG)
     assert 0 not in [expert for expert, _ in routing.members(0)]
-
-
-def test_members_of_other_tenants_are_cut_out_of_a_routing() -> None:
-    """What is left keeps its weight and comes first; a row that loses everyone is the backbone's."""
-    experts = np.array([[0, 1, NULL_EXPERT], [0, NULL_EXPERT, NULL_EXPERT], [1, 0, NULL_EXPERT]])
-    weights = np.array([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0], [0.7, 0.3, 0.0]], dtype=np.float32)
-    routing = Routing(experts, weights, (Policy.DENSE, Policy.SPARSE, Policy.DENSE))
-    cut = within(routing, np.array([[False, True], [False, True], [True, True]]))
-    assert cut.members(0) == [(1, pytest.approx(0.3)), (NULL_EXPERT, pytest.approx(0.1))]
-    assert cut.members(1) == [(NULL_EXPERT, 1.0)]
-    assert cut.members(2) == routing.members(2)
-    assert cut.policies == (Policy.DENSE, Policy.BACKBONE, Policy.DENSE)
-    assert within(routing, np.ones((3, 2), dtype=bool)) is routing
 
 
 def test_wrong_routing_settings_are_refused() -> None:

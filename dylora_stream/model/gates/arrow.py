@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
-from dylora_stream.model.gates.members import all_allowed, member_softmax, members_of, top_members
+from dylora_stream.model.gates.members import member_softmax, members_of, top_members
+from dylora_stream.model.gates.rows import everyone
 from dylora_stream.model.gates.table import ExpertTable, Tabled
 from dylora_stream.model.mixture import LayerView
 from dylora_stream.model.stem import StemOutput
@@ -75,7 +76,7 @@ class ArrowGate(Tabled):
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the layers decide."""
         del stem
-        return all_allowed(scene)
+        return everyone(scene)
 
     def learn(self, stage: Stage, lesson: Lesson) -> None:
         """The new expert's directions, and those of any expert that has none yet."""

@@ -23,7 +23,8 @@ from dylora_stream.core.routing import Routing
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
 from dylora_stream.model.gates.learning import Learning, by_ranks, learn_by_answers
-from dylora_stream.model.gates.members import all_allowed, member_softmax, members_of
+from dylora_stream.model.gates.members import member_softmax, members_of
+from dylora_stream.model.gates.rows import everyone
 from dylora_stream.model.gates.table import ExpertTable, Tabled
 from dylora_stream.model.mixture import LayerView
 from dylora_stream.model.stem import StemOutput
@@ -90,7 +91,7 @@ class AttentionGate(Tabled):
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the layers decide."""
         del stem
-        return all_allowed(scene)
+        return everyone(scene)
 
     def learn(self, stage: Stage, lesson: Lesson) -> None:
         """A key a layer for the new expert; then all move, if there are two experts to tell apart."""

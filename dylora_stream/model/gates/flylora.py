@@ -18,7 +18,8 @@ from dylora_stream.core.routing import Routing
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.gates.balance import BIAS, Balanced
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
-from dylora_stream.model.gates.members import all_allowed, members_of, top_members
+from dylora_stream.model.gates.members import members_of, top_members
+from dylora_stream.model.gates.rows import everyone
 from dylora_stream.model.gates.table import ExpertTable, Tabled
 from dylora_stream.model.mixture import LayerView
 from dylora_stream.model.stem import StemOutput
@@ -89,7 +90,7 @@ class FlyLoRAGate(Tabled):
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the ranks decide."""
         del stem
-        return all_allowed(scene)
+        return everyone(scene)
 
     def start(self, stage: Stage, lesson: Lesson) -> Adapter:
         """What the new expert starts from, for `TrainingOptions.start`."""

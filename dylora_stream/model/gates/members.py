@@ -3,34 +3,15 @@
 Invariant: what a row gets does not depend on the other rows of its batch; experts that are not its members have no say.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dylora_stream.core.messages import Policy
-from dylora_stream.core.routing import NULL_EXPERT, Routing, to_backbone
-from dylora_stream.model.gates.base import Scene
 from dylora_stream.model.mixture import LayerView
 
-__all__ = ["FAR", "all_allowed", "member_softmax", "members_of", "spread", "top_members", "top_softmax"]
+__all__ = ["FAR", "member_softmax", "members_of", "spread", "top_members", "top_softmax"]
 
 FAR = -1e30  # a logit that never wins; finite, because rows without members must not become NaN
 TINY = 1e-12
-
-
-def all_allowed(scene: Scene) -> Routing:
-    """Every allowed expert with weight 1: the ranks decide."""
-    rows, experts = scene.allowed.shape
-    if not experts:
-        return to_backbone(rows)
-    order = np.argsort(~scene.allowed, axis=1, kind="stable")
-    is_member = np.take_along_axis(scene.allowed, order, axis=1)
-    members = np.where(is_member, order, NULL_EXPERT).astype(np.int64)
-    weights = is_member.astype(np.float32)
-    has_member = is_member.sum(axis=1) > 0
-    weights[~has_member, 0] = 1.0
-    policies = tuple(Policy.DENSE if served else Policy.BACKBONE for served in has_member.tolist())
-    return Routing(members, weights, policies)
 
 
 def members_of(view: LayerView) -> Tensor:

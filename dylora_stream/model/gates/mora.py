@@ -18,7 +18,8 @@ from torch import Tensor
 from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.members import FAR, members_of
-from dylora_stream.model.gates.uniform import Among, everyone
+from dylora_stream.model.gates.rows import everyone
+from dylora_stream.model.gates.uniform import Among
 from dylora_stream.model.mixture import LayerView
 from dylora_stream.model.stem import StemOutput
 
@@ -78,7 +79,8 @@ class MoRAGate(Untrained):
 
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the ranks decide."""
-        return everyone(len(stem.mask), scene.allowed.shape[1])
+        del stem
+        return everyone(scene)
 
     def company(self, stage: Stage, lesson: Lesson) -> Among:
         """The old experts' ranks, competing, without the cut."""

@@ -12,7 +12,7 @@ from dylora_stream.core.messages import Policy
 from dylora_stream.core.routing import NULL_EXPERT, Routing, to_backbone
 from dylora_stream.model.gates.base import Scene
 
-__all__ = ["Scaling", "column_of", "each_of", "joined", "shared", "top_one"]
+__all__ = ["Scaling", "column_of", "each_of", "everyone", "joined", "shared", "top_one"]
 
 DEVIATION_FLOOR = (
     0.1  # of the median deviation: a dimension that one expert never moved must not drown the others
@@ -87,6 +87,11 @@ def shared(weights: np.ndarray, scene: Scene) -> Routing:
     sorted_weights[~has_expert, 0] = 1.0
     policies = tuple(Policy.DENSE if served else Policy.BACKBONE for served in has_expert.tolist())
     return Routing(experts, sorted_weights, policies)
+
+
+def everyone(scene: Scene) -> Routing:
+    """Every row to all experts that it may use, with weight 1 each: what the sum does, and where the ranks decide."""
+    return shared(np.ones(scene.allowed.shape), scene)
 
 
 def each_of(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

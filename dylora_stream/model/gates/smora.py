@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dylora_stream.core.routing import Routing
 from dylora_stream.model.gates.balance import BIAS, Balanced
 from dylora_stream.model.gates.base import Lesson, Scene, Stage
-from dylora_stream.model.gates.members import all_allowed, members_of, spread, top_members
+from dylora_stream.model.gates.members import members_of, spread, top_members
+from dylora_stream.model.gates.rows import everyone
 from dylora_stream.model.gates.table import ExpertTable, Tabled
 from dylora_stream.model.mixture import LayerView
 from dylora_stream.model.stem import StemOutput
@@ -80,7 +81,7 @@ class SMoRAGate(Tabled):
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone: the ranks decide."""
         del stem
-        return all_allowed(scene)
+        return everyone(scene)
 
     def company(self, stage: Stage, lesson: Lesson) -> Balanced:
         """The old experts' ranks, competing. R's rows start uniform in ±1/√d_in."""

@@ -9,28 +9,19 @@ weights is left out (the recipe's weight decay is there for it).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dylora_stream.core.messages import Policy
-from dylora_stream.core.routing import Routing, to_backbone
+from dylora_stream.core.routing import Routing
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
+from dylora_stream.model.gates.rows import everyone
 from dylora_stream.model.mixture import YOUNG_SLOT, Pairs, RankGate
 from dylora_stream.model.stem import StemOutput
 
-__all__ = ["Among", "SumGate", "everyone"]
+__all__ = ["Among", "SumGate"]
 
 ORTHOGONALITY = 0.5  # O-LoRA's λ of its first tasks
-
-
-def everyone(rows: int, experts: int) -> Routing:
-    """All experts, each with weight 1."""
-    if not experts:
-        return to_backbone(rows)
-    members = np.tile(np.arange(experts, dtype=np.int64), (rows, 1))
-    return Routing(members, np.ones((rows, experts), dtype=np.float32), (Policy.DENSE,) * rows)
 
 
 class Among:
@@ -95,7 +86,8 @@ class SumGate(Untrained):
 
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """Everyone, weight 1."""
-        return everyone(len(stem.mask), scene.allowed.shape[1])
+        del stem
+        return everyone(scene)
 
     def company(self, stage: Stage, lesson: Lesson) -> Among | None:
         """The sum of the old experts; the first expert is alone."""
