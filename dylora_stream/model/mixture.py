@@ -7,9 +7,8 @@ skipped. Two ways to compute the sum, both with two products and the same result
   expert's part by its gate, 0 for most. Best for few experts, and while decoding, where a pass has few tokens.
 - gathered: each row gathers its own blocks (`bmm`, `baddbmm`). Its cost does not grow with the experts in a batch.
 
-Layers that read the same tensor (query, key, value; gate, up) share one product with all their A: small products
-cost what starting them costs. Blocks are gathered when a pass first needs them and kept until the gates change, so
-decoding gathers once.
+Layers that read the same tensor share one product with all their A: small products cost what starting them costs.
+Blocks are gathered when a pass first needs them and kept until the gates change, so decoding gathers once.
 
 A gate may weigh single ranks as well, a row (weights (B, m, r)) or a token and layer (a `RankGate`, asked in the middle
 of every adapted layer). A young expert, whose A and B are still being trained, stands beside the pool's as
@@ -26,14 +25,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dylora_stream.core.errors import ModelMismatch
 from dylora_stream.model.adapters import Adapter
-from dylora_stream.model.backbone import Backbone, linear_shape
+from dylora_stream.model.backbone import Backbone
+from dylora_stream.model.blocks import BACKBONE_SLOT, Blocks, Group
 from dylora_stream.model.config import PoolConfig
 
 __all__ = ["BACKBONE_SLOT", "YOUNG_SLOT", "LayerView", "Pairs", "Pool", "RankGate"]
 
-BACKBONE_SLOT = 0  # the null expert: no blocks
 YOUNG_SLOT = -1  # the expert that is being trained
 # Distinct experts in a batch, for each member of a row, up to which the shared way is faster.
 SHARED_EXPERTS = 4
@@ -87,10 +85,14 @@ class _Gates:
 class _Kept:
     """What a pass computes once for as long as the gates stay."""
 
-    blocks: dict[tuple[tuple[str, ...], bool, bool], Tensor] = field(default_factory=dict)
+    blocks: dict[tuple[Group | str, bool], Tensor] = field(default_factory=dict)
     scales: dict[tuple[int, bool], Tensor | None] = field(default_factory=dict)
     read: Tensor | None = None  # what the last layers read, and their common product
     low: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def shared(self) -> "_Kept":
+        """The blocks that any rows of the batch can go on with."""
+        return _Kept(blocks={key: blocks for key, blocks in self.blocks.items() if key[1]})
 
 
 class Pool:
@@ -99,16 +101,15 @@ class Pool:
     def __init__(self, backbone: Backbone, config: PoolConfig) -> None:
         self._config = config
         self._device, self._dtype = backbone.device, backbone.dtype
-        modules = backbone.upper_linears()
-        self._shapes = {name: linear_shape(module) for name, module in modules.items()}
-        self._a = {name: self._empty(d_in) for name, (d_in, _) in self._shapes.items()}
-        self._b = {name: self._empty(d_out) for name, (_, d_out) in self._shapes.items()}
-        self._siblings = _siblings(backbone, modules)
+        self._blocks = Blocks(backbone, config)
         self._gates: _Gates | None = None
         self._kept = _Kept()
         self._young: tuple[Pairs, float] | None = None
         self._states = torch.empty(0)
-        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+        self._handles = [
+            module.register_forward_hook(self._hook(name))
+            for name, module in backbone.upper_linears().items()
+        ]
         first = backbone.layers[backbone.stem_layers]
         self._handles.append(first.register_forward_pre_hook(self._keep_states, with_kwargs=True))
 
@@ -125,12 +126,12 @@ class Pool:
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Adapted layer → (d_in, d_out), in the model's order."""
-        return self._shapes
+        return self._blocks.shapes
 
     def blocks(self, slot: int, layer: str) -> tuple[Tensor, Tensor]:
         """(A (r, d_in), B (d_out, r)) of a slot, views of the pool, or of the young expert, its scale within B."""
         if slot != YOUNG_SLOT:
-            return self._a[layer][slot], self._b[layer][slot].t()
+            return self._blocks.of(slot, layer)
         if self._young is None:
             raise ValueError("no expert is being trained")
         pairs, scale = self._young
@@ -139,33 +140,17 @@ class Pool:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot; layers it does not name get none. Raises ModelMismatch before it writes."""
-        self.check(adapter)
-        self.clear(slot)
-        for name, (a, b) in adapter.tensors.items():
-            self._a[name][slot, : a.shape[0]] = a.to(self._device, self._dtype)
-            self._b[name][slot, : b.shape[1]] = b.t().to(self._device, self._dtype)
+        self.no_gates()
+        self._blocks.write(slot, adapter)
 
     def check(self, adapter: Adapter) -> None:
         """Whether an adapter fits this backbone and the pool's rank; raises ModelMismatch with what does not."""
-        if adapter.rank > self._config.rank:
-            raise ModelMismatch(
-                f"an adapter of rank {adapter.rank} does not fit: raise pool.rank ({self._config.rank})"
-            )
-        for name, (a, b) in adapter.tensors.items():
-            if name not in self._shapes:
-                raise ModelMismatch(
-                    f"an adapter changes {name}, which this backbone does not have above its stem"
-                )
-            if (a.shape[1], b.shape[0]) != self._shapes[name]:
-                raise ModelMismatch(f"an adapter has other dimensions than the backbone at {name}")
+        self._blocks.check(adapter)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        if not 1 <= slot <= self.slots:
-            raise ValueError(f"slot {slot} is not one of 1 … {self.slots}")
         self.no_gates()
-        for blocks in (*self._a.values(), *self._b.values()):
-            blocks[slot] = 0
+        self._blocks.clear(slot)
 
     @contextmanager
     def training(self, pairs: Pairs, scale: float) -> Iterator[None]:
@@ -205,9 +190,7 @@ class Pool:
     def keep_rows(self, index: Tensor) -> None:
         """Go on with these rows of the batch, in this order, repeats allowed: index (B',) int64."""
         if self._gates is not None:
-            shared = {key: blocks for key, blocks in self._kept.blocks.items() if key[1]}
-            self._set(self._gates.rows(index))
-            self._kept.blocks.update(shared)
+            self._gates, self._kept = self._gates.rows(index), self._kept.shared()
 
     @contextmanager
     def rows(self, index: Tensor) -> Iterator[None]:
@@ -216,8 +199,8 @@ class Pool:
         self.keep_rows(index)
         try:
             yield
-        finally:
-            self._gates, self._kept = before
+        finally:  # the rows' own blocks were gathered where those of the batch lay
+            self._gates, self._kept = before[0], before[1].shared()
 
     def no_gates(self) -> None:
         """From now on the bare backbone answers."""
@@ -254,7 +237,7 @@ class Pool:
         shape, rows = output.shape, len(gates.slots)
         inputs = x.reshape(rows, -1, x.shape[-1])  # some models flatten (B·T, d)
         is_shared = gates.is_shared(inputs.shape[1])
-        low, b = self._low(name, x, inputs, gates), self._gathered(self._b, (name,), gates, shared=is_shared)
+        low, b = self._low(name, x, inputs, gates), self._chosen_b(name, gates, is_shared=is_shared)
         may_write = not (
             output.requires_grad or low.requires_grad
         )  # nobody else has the output yet: a quarter less
@@ -267,36 +250,45 @@ class Pool:
         return whole.view(shape)
 
     def _low(self, name: str, x: Tensor, inputs: Tensor, gates: _Gates) -> Tensor:
-        """(B, T, n·r): g · A x of a layer, cut out of its siblings' common product."""
-        siblings = self._siblings[name]
+        """(B, T, n·r): g · A x of a layer, cut out of its group's common product."""
+        group = self._blocks.groups[name]
+        is_shared = gates.is_shared(inputs.shape[1])
         if self._kept.read is not x:
-            self._kept.read, self._kept.low = x, self._product(siblings, inputs, gates)
-        place, width = siblings.index(name), self._kept.low.shape[-1] // len(siblings)
-        low = self._kept.low[..., place * width : (place + 1) * width]
+            self._kept.read, self._kept.low = x, self._product(group, inputs, gates)
+        low = self._cut(self._kept.low, group, name, is_shared=is_shared)
         if gates.ranks is None:
             return low
-        low, scale = (
-            self._weighed(name, inputs, low, gates, gates.ranks),
-            self._scale(gates, 1, is_shared=True),
-        )
+        low = self._weighed(name, inputs, low, gates, gates.ranks)
+        scale = self._scale(gates, 1, is_shared=True)
         return low if scale is None else low * scale
 
-    def _product(self, names: tuple[str, ...], inputs: Tensor, gates: _Gates) -> Tensor:
+    def _cut(self, low: Tensor, group: Group, name: str, *, is_shared: bool) -> Tensor:
+        """One layer's part of a group's product: the group's layers lie outermost if shared, else within a member."""
+        place, width = group.index(name), low.shape[-1] // len(group)
+        if is_shared or width == self._config.rank:
+            return low[..., place * width : (place + 1) * width]
+        members = low.unflatten(-1, (-1, len(group), self._config.rank))
+        return members[..., place, :].flatten(-2)
+
+    def _product(self, group: Group, inputs: Tensor, gates: _Gates) -> Tensor:
         """(B, T, layers·n·r): A x of layers that read the same tensor, times the gates unless ranks come between."""
         is_shared = gates.is_shared(inputs.shape[1])
-        a = self._gathered(self._a, names, gates, shared=is_shared)
+        a = self._chosen_a(group, gates, is_shared=is_shared)
         low = nn.functional.linear(inputs, a) if is_shared else torch.bmm(inputs, a.transpose(1, 2))
-        scale = None if gates.ranks else self._scale(gates, len(names), is_shared=is_shared)
+        scale = None if gates.ranks else self._scale(gates, len(group), is_shared=is_shared)
         return low if scale is None else low * scale
 
     def _scale(self, gates: _Gates, layers: int, *, is_shared: bool) -> Tensor | None:
-        """(B, 1, layers·n·r) in the backbone's type; None where it is 1 everywhere."""
+        """(B, 1, layers·n·r) in the backbone's type and in the order of `_cut`; None where it is 1 everywhere."""
         key = (layers, is_shared)
         if key not in self._kept.scales:
             share = gates.shares if is_shared else gates.weights
             is_one = not share.requires_grad and bool((share == 1).all())
             each = share if share.ndim == 3 else share[:, :, None].expand(-1, -1, self._config.rank)
-            whole = each.to(self._dtype).flatten(1).repeat(1, layers)[:, None]
+            if is_shared:
+                whole = each.to(self._dtype).flatten(1).repeat(1, layers)[:, None]
+            else:
+                whole = each.to(self._dtype).repeat(1, 1, layers).flatten(1)[:, None]
             self._kept.scales[key] = None if is_one else whole
         return self._kept.scales[key]
 
@@ -305,33 +297,39 @@ class Pool:
         view = LayerView(name, x, apart, gates.distinct, gates.shares, self._states)
         return (apart * ranks.weigh(view).to(low.dtype)).view(low.shape)
 
-    def _gathered(
-        self, whole: Mapping[str, Tensor], names: tuple[str, ...], gates: _Gates, *, shared: bool
-    ) -> Tensor:
-        """Blocks of A or B of the layers beside each other: (layers·D·r, d), or row by row (B, layers·m·r, d)."""
-        key = (names, shared, whole is self._a)
-        blocks = self._kept.blocks.get(key)
-        if blocks is None:
-            chosen = gates.distinct if shared else gates.slots
-            parts = [self._taken(whole, name, chosen).flatten(-3, -2) for name in names]
-            blocks = self._kept.blocks[key] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-        return blocks
+    def _chosen_a(self, group: Group, gates: _Gates, *, is_shared: bool) -> Tensor:
+        """Blocks of A of a group's layers: (layers·D·r, d), or row by row (B, m·layers·r, d)."""
+        kept = self._kept.blocks
+        if (group, is_shared) not in kept:
+            if self._young is not None:
+                parts = [self._with_young(name, gates, 0).flatten(0, 1) for name in group]
+                kept[group, is_shared] = torch.cat(parts)
+            elif is_shared:
+                kept[group, is_shared] = self._blocks.batch_a(group, gates.distinct)
+            else:
+                kept[group, is_shared] = self._blocks.row_a(group, gates.slots)
+        return kept[group, is_shared]
 
-    def _taken(self, whole: Mapping[str, Tensor], name: str, chosen: Tensor) -> Tensor:
-        """(…, r, d) blocks of one layer, in the backbone's type."""
-        if self._young is None:
-            return whole[name][chosen]
-        half = 0 if whole is self._a else 1
-        blocks = [self.blocks(slot, name)[half].to(self._dtype) for slot in chosen.tolist()]
-        return torch.stack(blocks if half == 0 else [b.t() for b in blocks])
+    def _chosen_b(self, name: str, gates: _Gates, *, is_shared: bool) -> Tensor:
+        """Blocks of B of a layer: (D·r, d), or row by row (B, m·r, d)."""
+        kept = self._kept.blocks
+        if (name, is_shared) not in kept:
+            if self._young is not None:
+                kept[name, is_shared] = self._with_young(name, gates, 1).transpose(1, 2).flatten(0, 1)
+            elif is_shared:
+                kept[name, is_shared] = self._blocks.batch_b(name, gates.distinct)
+            else:
+                kept[name, is_shared] = self._blocks.row_b(name, gates.slots)
+        return kept[name, is_shared]
+
+    def _with_young(self, name: str, gates: _Gates, half: int) -> Tensor:
+        """(D, …) A's or B's of the distinct experts, the young one among them, in the backbone's type."""
+        return torch.stack(
+            [self.blocks(slot, name)[half].to(self._dtype) for slot in gates.distinct.tolist()]
+        )
 
     def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._states = args[0] if args else kwargs["hidden_states"]
-
-    def _empty(self, width: int) -> Tensor:
-        """Blocks of every slot, (slots + 1, r, width); B lies transposed, so that blocks of both stack along r."""
-        shape = (self._config.slots + 1, self._config.rank, width)
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
 
 def _chosen(weights: Tensor, is_expert: Tensor, front: Tensor) -> Tensor:
@@ -340,28 +338,3 @@ def _chosen(weights: Tensor, is_expert: Tensor, front: Tensor) -> Tensor:
         return torch.where(is_expert, weights, 0.0).gather(1, front)
     kept = torch.where(is_expert[:, :, None], weights, 0.0)
     return kept.gather(1, front[:, :, None].expand(-1, -1, weights.shape[2]))
-
-
-@torch.no_grad()
-def _siblings(backbone: Backbone, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    """Layer → the layers that read the very tensor that it reads, itself among them; found by a pass of one token."""
-    readers: list[tuple[Tensor, list[str]]] = []
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            found = next((names for x, names in readers if x is args[0]), None)
-            if found is None:
-                readers.append((args[0], [name]))
-            else:
-                found.append(name)
-
-        return read
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
-    try:
-        backbone.body(**backbone.pad([[backbone.eos_id]]).inputs(), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups = {name: tuple(names) for _, names in readers for name in names}
-    return {name: groups.get(name, (name,)) for name in modules}
