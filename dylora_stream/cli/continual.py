@@ -23,6 +23,7 @@ MethodsOption = Annotated[
     typer.Option(
         metavar="NAME,…",
         help="Gates, as router.method names them, and the fence posts sequential, oracle and joint; or all. "
+        "hybrid_young is hybrid while every expert is young: all rows are shared. "
         "Else hybrid, closed_form, mora, olora, sequential, oracle.",
     ),
 ]

@@ -345,6 +345,7 @@ def test_unknown_methods_and_uneven_orders_are_refused(data: Path) -> None:
     with pytest.raises(SettingsError, match="closed_form.*sequential, oracle, joint"):
         methods_named(["clairvoyance"])
     assert set(DEFAULT_METHODS) <= set(methods_named(["all"]))
+    assert methods_named(["hybrid_young"]) == ("hybrid_young",), "an ablation, not one of all"
     with pytest.raises(SettingsError, match="does not hold each task"):
         asked(data, orders=(("letters", "digits"), ("letters", "signs")))
 

@@ -1,13 +1,15 @@
 """The hybrid gate with its network, which the daemon's training child trains: here a part of the gate's lessons.
 
-All experts are mature, as they are when a stream has settled: the gate takes one expert a row, by closed form plus
-network.
+As `hybrid` all experts are mature, as they are when a stream has settled: the gate takes one expert a row, by closed
+form plus network. As `hybrid_young` none is: every row is shared by the nearest experts and the backbone, which says
+what the dense start of an expert's life costs or brings.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,16 +25,17 @@ from dylora_stream.model.router import RouterParts
 from dylora_stream.model.router_training import RouterLesson, RouterTraining, train_router
 from dylora_stream.model.stem import StemOutput
 
-__all__ = ["NetworkedGate"]
+__all__ = ["YOUNG", "NetworkedGate"]
+
+YOUNG = "hybrid_young"
 
 
 class NetworkedGate(Untrained):
     """A `Student` around the hybrid gate."""
 
-    name = "hybrid"
-
-    def __init__(self, config: RoutingConfig, parts: RouterParts) -> None:
-        self._config, self._parts = config, parts
+    def __init__(self, config: RoutingConfig, parts: RouterParts, *, is_young: bool = False) -> None:
+        self.name = YOUNG if is_young else "hybrid"
+        self._config, self._parts, self._is_young = config, parts, is_young
         self._gate = HybridGate(config)
         self._network: RouterNetwork | None = None
 
@@ -43,7 +46,8 @@ class NetworkedGate(Untrained):
 
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """The hybrid gate's decision with this network."""
-        return self._gate.decide(stem, replace(scene, network=self._network))
+        is_mature = np.zeros_like(scene.is_mature) if self._is_young else scene.is_mature
+        return self._gate.decide(stem, replace(scene, network=self._network, is_mature=is_mature))
 
     def learn(self, stage: Stage, lesson: Lesson) -> None:
         """`train_router`, as a training job does it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dylora_stream.bench.continual.config import ContinualConfig
 from dylora_stream.bench.continual.courses import FENCE_POSTS
-from dylora_stream.bench.continual.networked import NetworkedGate
+from dylora_stream.bench.continual.networked import YOUNG, NetworkedGate
 from dylora_stream.bench.continual.store import Store
 from dylora_stream.bench.continual.tasks import Rows, choose, load_tasks
 from dylora_stream.bench.continual.workbench import Tell, Workbench
@@ -31,19 +31,18 @@ def methods_named(names: Sequence[str]) -> tuple[str, ...]:
     """The methods, `all` spelt out. Raises SettingsError with those there are."""
     known = (*gates.GATES, *FENCE_POSTS)
     for name in names:
-        if name not in (*known, "all"):
-            raise SettingsError(f"there is no method {name!r}: use all, or some of {', '.join(known)}")
+        if name not in (*known, YOUNG, "all"):
+            raise SettingsError(f"there is no method {name!r}: use all, or some of {', '.join((*known, YOUNG))}")
     return known if "all" in names else tuple(dict.fromkeys(names))
 
 
 def student_named(name: str, settings: Settings) -> Student:
     """A gate, untaught; the hybrid one with the network that the daemon would train for it."""
-    gate = gates.gate_named(name, settings.router)
-    if name != "hybrid":
-        return gate
-    return NetworkedGate(
-        settings.router, RouterParts(gate=gate, novelty=settings.novelty, index_factory=faiss_index())
-    )
+    if name not in ("hybrid", YOUNG):
+        return gates.gate_named(name, settings.router)
+    gate = gates.gate_named("hybrid", settings.router)
+    parts = RouterParts(gate=gate, novelty=settings.novelty, index_factory=faiss_index())
+    return NetworkedGate(settings.router, parts, is_young=name == YOUNG)
 
 
 @contextmanager
