@@ -103,7 +103,7 @@ def zero_experts(
     from dylora_stream.model.adapters import Adapter
     from dylora_stream.model.answering import MixtureAnswerer
     from dylora_stream.model.backbone import linear_shape
-    from dylora_stream.model.features import read_stem
+    from dylora_stream.model.features import read_rows
     from dylora_stream.model.live import LiveExperts, LoadedExpert
     from dylora_stream.model.network import RouterNetwork
 
@@ -112,7 +112,7 @@ def zero_experts(
     for name, module in backbone.upper_linears().items():
         d_in, d_out = linear_shape(module)
         tensors[name] = (torch.randn(rank, d_in), torch.zeros(d_out, rank))
-    features = read_stem(backbone, texts)
+    features = read_rows(backbone, texts)
     experts = [
         LoadedExpert(
             expert_id=f"zero-{number}",

@@ -129,12 +129,17 @@ def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertSta
     def load(version: ExpertVersion) -> ExpertStatistics:
         path = store.open(version.storage) / "statistics.safetensors"
         try:
-            rows = load_file(path)["features"]
+            tensors = load_file(path)
+            rows, answers = tensors["features"], tensors.get("sketches")
         except (OSError, ValueError, KeyError) as error:
             raise ExpertCorrupt(
                 f"{path} cannot be read: {error}; retire {version.name} or restore its folder"
             ) from error
-        return ExpertStatistics(expert_id=version.expert_id, rows=rows, tenant=version.tenant)
+        if answers is not None and len(answers) != len(rows):
+            raise ExpertCorrupt(f"{path} has {len(rows)} feature rows and {len(answers)} answer rows")
+        return ExpertStatistics(
+            expert_id=version.expert_id, rows=rows, tenant=version.tenant, answers=answers
+        )
 
     return load
 

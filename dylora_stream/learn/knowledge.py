@@ -13,7 +13,7 @@ import numpy as np
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer
 from dylora_stream.core.ports import IndexFactory
-from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
+from dylora_stream.core.statistics import ExpertStatistics
 
 __all__ = ["Knowledge", "LoadStatistics", "Match"]
 
@@ -53,18 +53,32 @@ class Knowledge:
         if not self._statistics:
             self._scorer = None
             return
-        discriminant = LinearDiscriminant.fit(self._statistics)
         rng = np.random.default_rng(self._seed)
-        self._scorer = NoveltyScorer.fit(self._statistics, discriminant, self._index, self._config, rng)
+        self._scorer = NoveltyScorer.fit(self._statistics, None, self._index, self._config, rng)
 
-    def match(self, tenant: str, features: np.ndarray) -> list[Match]:
-        """features: (n, d) float32 of one tenant's rows → one match a row; all novel while nothing is known."""
+    def match(
+        self, tenant: str, features: np.ndarray, answers: Sequence[np.ndarray | None] = ()
+    ) -> list[Match]:
+        """features: (n, D) float32 of one tenant's rows → one match a row; all novel while nothing is known.
+
+        answers: an answer row (A,) or None for each, or nothing at all. A right answer tells more than the input: rows
+        that read alike and are to be answered differently are told apart by it alone.
+        """
         allowed = np.array([statistics.tenant == tenant for statistics in self._statistics])
         if self._scorer is None or not allowed.any():
             return [Match(None, True)] * len(features)
-        scores = self._scorer.score(features, np.tile(allowed, (len(features), 1)))
+        everyone = np.tile(allowed, (len(features), 1))
+        scores = self._scorer.score(features, everyone, _stacked(answers))
         nearest: Sequence[int] = scores.nearest.tolist()
         return [
             Match(self._statistics[expert].expert_id, bool(novel) or not np.isfinite(p_value))
             for expert, novel, p_value in zip(nearest, scores.is_novel, scores.p_value, strict=True)
         ]
+
+
+def _stacked(answers: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """(n, A) with zeros for rows without an answer; None where no row has one."""
+    given = next((answer for answer in answers if answer is not None), None)
+    if given is None:
+        return None
+    return np.stack([np.zeros_like(given) if answer is None else answer for answer in answers])

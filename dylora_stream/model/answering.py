@@ -20,7 +20,7 @@ from dylora_stream.core.ports import Activation, ExpertStore
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.config import GenerationConfig
 from dylora_stream.model.decoding import generate, rank_choices
-from dylora_stream.model.features import length_sorted, read_stem
+from dylora_stream.model.features import length_sorted, read_rows
 from dylora_stream.model.live import LiveExperts, LoadedExpert, Pass, read_expert
 from dylora_stream.model.network import RouterNetwork
 
@@ -107,7 +107,7 @@ class MixtureAnswerer:
         for text, prompt in zip(inputs, self._backbone.prompt_ids(inputs), strict=True):
             self._admit_length(len(prompt), text)
         router = self._live.router
-        scores = router.score(read_stem(self._backbone, inputs), router.allowed([tenant] * len(inputs)))
+        scores = router.score(read_rows(self._backbone, inputs), router.allowed([tenant] * len(inputs)))
         return [self._novelty(scores, row) for row in range(len(inputs))]
 
     def close(self) -> None:
@@ -119,7 +119,8 @@ class MixtureAnswerer:
         self, requests: Sequence[Request], tokens: Tokens, targets: Sequence[Sequence[list[int]]]
     ) -> list[Answer]:
         """One micro-batch, all with choices or all without."""
-        with self._live.serving(tokens.attention_mask, [request.tenant for request in requests]) as current:
+        inputs, tenants = zip(*((request.input, request.tenant) for request in requests), strict=True)
+        with self._live.serving(tokens, inputs, tenants) as current:
             if requests[0].choices:
                 best = rank_choices(self._backbone, self._live.pool, tokens, targets)
                 outputs = [request.choices[index] for request, index in zip(requests, best, strict=True)]

@@ -6,7 +6,7 @@ from pathlib import Path
 __all__ = ["DEFAULT_TEMPLATE", "FEATURE_VERSION", "feature_space_name", "folder_digest"]
 
 DEFAULT_TEMPLATE = "{input}\n\nAnswer: "
-FEATURE_VERSION = 1  # changes whenever a number or the pooling in `features` changes
+FEATURE_VERSION = 2  # changes whenever a number or the pooling in `features` changes
 DIGESTED = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json")
 
 

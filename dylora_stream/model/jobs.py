@@ -25,7 +25,7 @@ from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.model.adapters import save_adapter
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import SKETCH_SIZE, LabelledText, answer_sketches, read_stem
+from dylora_stream.model.features import LabelledText, answer_rows, answer_size, read_rows
 from dylora_stream.model.live import read_expert
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.reference import write_reference
@@ -97,17 +97,17 @@ def run_job(folder: Path, workshop: Workshop) -> Path:
 
 
 def _sketch(workshop: Workshop, rows: Sequence[Mapping[str, Any]], result: Path) -> dict[str, Any]:
-    """features (n, d) and sketches (n, SKETCH_SIZE), zeros for rows without an answer."""
-    features = read_stem(workshop.backbone, [row["input"] for row in rows])
+    """features (n, D) and sketches (n, A), answer rows, zeros for rows without an answer."""
+    features = read_rows(workshop.backbone, [row["input"] for row in rows])
     labelled = [index for index, row in enumerate(rows) if row["output"] is not None]
-    sketches = np.zeros((len(rows), SKETCH_SIZE), dtype=np.float32)
+    sketches = np.zeros((len(rows), answer_size(workshop.backbone)), dtype=np.float32)
     texts = _labelled([rows[index] for index in labelled])
 
     def tell(step: int, steps: int) -> None:
         workshop.say({"stage": "sketch", "step": step, "steps": steps})
 
     if texts:
-        sketches[labelled] = answer_sketches(workshop.backbone, texts, tell)
+        sketches[labelled] = answer_rows(workshop.backbone, texts, tell)
     save_file({"features": features, "sketches": sketches}, result / "sketches.safetensors")
     return {"rows": len(rows), "labelled": len(labelled)}
 
@@ -160,7 +160,7 @@ def _write_expert(
     if outcome.adapter is None:
         raise TrainingFailed("a promoted version has no adapter")
     save_adapter(folder, outcome.adapter, backbone, {**manifest, "heldout": outcome.report["heldout"]})
-    sketches = answer_sketches(backbone, plan.rows)
+    sketches = answer_rows(backbone, plan.rows)
     save_file({"features": outcome.features, "sketches": sketches}, folder / "statistics.safetensors")
     kept = [{"input": row.input, "output": row.output} for row in plan.training[-MAX_EXEMPLARS:]]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)

@@ -21,21 +21,21 @@ from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.model.adapters import Adapter, load_adapter
 from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
 from dylora_stream.model.config import PoolConfig
-from dylora_stream.model.features import feature_space
+from dylora_stream.model.features import feature_rows, feature_space, row_size
 from dylora_stream.model.gates.base import Lesson, Memory, Stage, Student
 from dylora_stream.model.mixture import BACKBONE_SLOT, Pool
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import Routed, Router, RouterParts
 from dylora_stream.model.stem import StemHook, StemOutput
 
-__all__ = ["LiveExperts", "LoadedExpert", "Pass", "read_expert", "read_features"]
+__all__ = ["LiveExperts", "LoadedExpert", "Pass", "read_expert", "stored_rows"]
 
 STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedExpert:
-    """One version of an expert in memory. features: (n, d) float32 stem features of its training rows."""
+    """One version of an expert in memory. features: (n, D) float32 feature rows of its training."""
 
     expert_id: str
     version: int
@@ -54,14 +54,14 @@ class LoadedExpert:
 
 @dataclass(slots=True)
 class Pass:
-    """One routed batch; `routed` and `features` (B, d) are there once the stem has run."""
+    """One routed batch; `routed` and `features` (B, D) are there once the stem has run."""
 
     routed: Routed | None = None
     features: np.ndarray | None = None
 
 
-def read_features(folder: Path) -> np.ndarray:
-    """(n, d) float32 training features of an expert's folder. Raises ExpertCorrupt."""
+def stored_rows(folder: Path) -> np.ndarray:
+    """(n, D) float32 feature rows of an expert's folder. Raises ExpertCorrupt."""
     try:
         features: np.ndarray = load_file(folder / STATISTICS)["features"].astype(np.float32, copy=False)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -76,7 +76,7 @@ def read_features(folder: Path) -> np.ndarray:
 def read_expert(folder: Path, expert_id: str, version: int) -> LoadedExpert:
     """An expert from its folder. Raises ExpertCorrupt."""
     return LoadedExpert(
-        expert_id=expert_id, version=version, adapter=load_adapter(folder), features=read_features(folder)
+        expert_id=expert_id, version=version, adapter=load_adapter(folder), features=stored_rows(folder)
     )
 
 
@@ -90,7 +90,7 @@ class LiveExperts:
         self.hook = StemHook(backbone)
         self._parts = parts
         self._experts: tuple[LoadedExpert, ...] = ()
-        self._router = Router((), None, parts)
+        self._router = Router((), None, parts, backbone.width)
         self._gate = parts.gate  # taught by the live experts
         self._slots = np.zeros(0, dtype=np.int64)  # of each expert
 
@@ -107,9 +107,9 @@ class LiveExperts:
     def check(self, expert: LoadedExpert) -> None:
         """Whether an expert fits backbone and pool. Raises ModelMismatch."""
         self.pool.check(expert.adapter)
-        if expert.features.shape[1] != self.backbone.width:
+        if expert.features.shape[1] != row_size(self.backbone):
             raise ModelMismatch(
-                f"{expert.name} has features of another backbone: {expert.features.shape[1]} numbers"
+                f"{expert.name} has features of another backbone or version: {expert.features.shape[1]} numbers"
             )
 
     def install(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None = None) -> None:
@@ -178,7 +178,7 @@ class LiveExperts:
         begin = len(known) if wanted[: len(known)] == known else 0
         gate = copy.deepcopy(self._gate if begin else self._parts.gate)
         places = {expert.expert_id: slot for expert, slot in zip(experts, slots, strict=True)}
-        memory = {expert.expert_id: Memory(rows=(), features=expert.features) for expert in experts}
+        memory = {expert.expert_id: Memory(rows=(), features=self._stem_part(expert)) for expert in experts}
         for place in range(begin, len(experts)):
             met = [expert.expert_id for expert in experts[: place + 1]]
             stage = Stage(
@@ -194,17 +194,18 @@ class LiveExperts:
         return gate
 
     @contextmanager
-    def serving(self, prompt_mask: Tensor, tenants: Sequence[str]) -> Iterator[Pass]:
-        """In it, the next forward pass is routed at its stem by the tokens of `prompt_mask` (B, T), once."""
+    def serving(self, tokens: Tokens, inputs: Sequence[str], tenants: Sequence[str]) -> Iterator[Pass]:
+        """In it, the next forward pass, of these tokens, is routed at its stem by its prompts, once."""
         current, allowed = Pass(), self._router.allowed(tenants)
+        prompts = tokens.attention_mask * (tokens.labels == IGNORED)
 
         def decide(stem: StemOutput) -> None:
-            current.features = stem.features.cpu().numpy()
-            current.routed = self._router.route(stem, allowed)
+            current.features = feature_rows(stem.reading(), tokens, inputs)
+            current.routed = self._router.route(stem, current.features, allowed)
             self.pool.set_gates(*self.gates(current.routed.routing), self._gate.ranks)
 
         try:
-            with self.hook.routing(prompt_mask, decide):
+            with self.hook.routing(prompts, decide):
                 yield current
         finally:
             self.pool.no_gates()
@@ -218,13 +219,19 @@ class LiveExperts:
         """Slots of experts' indices, -1 being the backbone; int64 in the shape given."""
         return torch.from_numpy(np.append(self._slots, BACKBONE_SLOT)[experts])
 
-    def gate(self, tenant: str) -> Callable[[list[int], Tokens], AbstractContextManager[Pass]]:
-        """The gates as served, for `training.score_rows`: routed by the prompts alone, answers unseen."""
+    def gate(
+        self, inputs: Sequence[str], tenant: str
+    ) -> Callable[[list[int], Tokens], AbstractContextManager[Pass]]:
+        """The gates as served, for `training.score_rows` of these inputs: routed by the prompts, answers unseen."""
 
         def enter(chosen: list[int], tokens: Tokens) -> AbstractContextManager[Pass]:
-            return self.serving(tokens.attention_mask * (tokens.labels == IGNORED), [tenant] * len(chosen))
+            return self.serving(tokens, [inputs[row] for row in chosen], [tenant] * len(chosen))
 
         return enter
+
+    def _stem_part(self, expert: LoadedExpert) -> np.ndarray:
+        """(n, d): what routers learn from."""
+        return expert.features[:, : self.backbone.width]
 
     def _router_of(self, experts: Sequence[LoadedExpert], network: RouterNetwork | None) -> Router:
         """Fitted anew only where an expert came, went, or has other rows: that takes seconds."""
@@ -234,7 +241,7 @@ class LiveExperts:
 
         if rows(experts) == rows(self._experts):
             return self._router.refreshed([expert.is_mature for expert in experts], network)
-        return Router([_statistics(expert) for expert in experts], network, self._parts)
+        return Router([_statistics(expert) for expert in experts], network, self._parts, self.backbone.width)
 
     def close(self) -> None:
         """Take every hook off the backbone. May be called twice."""

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import LabelledText, answer_sketches, read_stem
+from dylora_stream.model.features import LabelledText, answer_rows, read_rows
 
 __all__ = ["reference_texts", "write_reference"]
 
@@ -41,8 +41,8 @@ def write_reference(backbone: Backbone, path: Path) -> None:
     if path.exists():
         return
     texts = reference_texts(backbone)
-    features = read_stem(backbone, [text.input for text in texts])
-    sketches = answer_sketches(backbone, texts)
+    features = read_rows(backbone, [text.input for text in texts])
+    sketches = answer_rows(backbone, texts)
     numbers = {
         "input_mean": features.mean(axis=0),
         "input_std": features.std(axis=0),

@@ -46,8 +46,13 @@ class Router:
     """Discriminant, network and novelty scorer of one registry; immutable."""
 
     def __init__(
-        self, statistics: Sequence[ExpertStatistics], network: RouterNetwork | None, parts: RouterParts
+        self,
+        statistics: Sequence[ExpertStatistics],
+        network: RouterNetwork | None,
+        parts: RouterParts,
+        width: int,
     ) -> None:
+        """statistics: of feature rows (n, D), whose first `width` numbers are what rows are routed by."""
         self._expert_ids = tuple(expert.expert_id for expert in statistics)
         self._tenants = np.array([expert.tenant for expert in statistics], dtype=object)
         self._is_mature = np.array([expert.is_mature for expert in statistics], dtype=bool)
@@ -59,7 +64,9 @@ class Router:
             )
             for e in statistics
         ]
-        self.discriminant = LinearDiscriminant.fit(distinct_rows) if distinct_rows else None
+        self.discriminant = (
+            LinearDiscriminant.fit(_routing_part(distinct_rows, width)) if distinct_rows else None
+        )
         rng = np.random.default_rng(parts.seed)
         self._scorer = NoveltyScorer.fit(
             distinct_rows, self.discriminant, parts.index_factory, parts.novelty, rng
@@ -81,9 +88,9 @@ class Router:
         """(B, E) bool: a tenant's experts serve that tenant alone."""
         return np.array(tenants, dtype=object)[:, None] == self._tenants[None]
 
-    def route(self, stem: StemOutput, allowed: np.ndarray) -> Routed:
-        """Who answers each row, and how new it is."""
-        scores = self.score(stem.features.cpu().numpy(), allowed)
+    def route(self, stem: StemOutput, rows: np.ndarray, allowed: np.ndarray) -> Routed:
+        """Who answers each row, by the stem, and how new it is, by feature rows (B, D)."""
+        scores = self.score(rows, allowed)
         scene = Scene(
             allowed=allowed,
             is_beyond=scores.is_beyond,
@@ -95,5 +102,9 @@ class Router:
         return Routed(self._gate.decide(stem, scene), scores)
 
     def score(self, features: np.ndarray, allowed: np.ndarray) -> NoveltyScores:
-        """Novelty alone, of features (B, d) float32."""
+        """Novelty alone, of feature rows (B, D) float32."""
         return self._scorer.score(features, allowed)
+
+
+def _routing_part(statistics: Sequence[ExpertStatistics], width: int) -> list[ExpertStatistics]:
+    return [ExpertStatistics(expert_id=e.expert_id, rows=e.rows[:, :width]) for e in statistics]

@@ -8,23 +8,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import stem_features
+from dylora_stream.model.features import EarlyPool, StemReading, stem_features
 
 __all__ = ["StemHook", "StemOutput"]
 
 
 @dataclass(frozen=True, slots=True)
 class StemOutput:
-    """What the router sees: states (B, T, d) of the stem, mask (B, T) of the prompt, features (B, d) float32."""
+    """What the router sees: states (B, T, d) of the stem, mask (B, T) of the prompt, features (B, d) float32.
+
+    `early` (B, d) float32 is the same pooled halfway up the stem, where a pass was watched there.
+    """
 
     states: Tensor
     mask: Tensor
     features: Tensor
+    early: Tensor | None = None
 
     @classmethod
     def of(cls, states: Tensor, mask: Tensor) -> "StemOutput":
         """With the features computed."""
         return cls(states, mask, stem_features(states, mask))
+
+    def reading(self) -> StemReading:
+        """For `feature_rows`; needs a watched pass."""
+        assert self.early is not None
+        return StemReading(states=self.states, mask=self.mask, mean=self.features, early=self.early)
 
 
 class StemHook:
@@ -36,6 +45,7 @@ class StemHook:
 
     def __init__(self, backbone: Backbone) -> None:
         self._pending: tuple[Tensor, Callable[[StemOutput], None]] | None = None
+        self._early = EarlyPool(backbone)
         layer = backbone.layers[backbone.stem_layers]
         self._handle = layer.register_forward_pre_hook(self._at_stem, with_kwargs=True)
 
@@ -44,17 +54,19 @@ class StemHook:
         """Within: the next forward pass calls `decide`, which sets the gates. mask: (B, T) of the prompt's tokens."""
         self._pending = (mask, decide)
         try:
-            yield
+            with self._early.watching(mask):
+                yield
         finally:
             self._pending = None
 
     def close(self) -> None:
         """Take the hook off the model. May be called twice."""
         self._handle.remove()
+        self._early.close()
 
     def _at_stem(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._pending is None:
             return
         (mask, decide), self._pending = self._pending, None
         states = args[0] if args else kwargs["hidden_states"]
-        decide(StemOutput.of(states, mask))
+        decide(StemOutput(states, mask, stem_features(states, mask), self._early.mean))

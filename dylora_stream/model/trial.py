@@ -24,7 +24,7 @@ from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant, 
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.config import PoolConfig
-from dylora_stream.model.features import LabelledText, read_stem
+from dylora_stream.model.features import LabelledText, read_rows
 from dylora_stream.model.live import LiveExperts, LoadedExpert
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import RouterParts
@@ -109,7 +109,9 @@ class Outcome:
 
 def heldout_scores(backbone: Backbone, live: LiveExperts, plan: TrialPlan) -> RowScores:
     """The held-out rows as serve would answer them with what is live."""
-    return score_rows(backbone, plan.checking, gate=live.gate(plan.tenant))
+    return score_rows(
+        backbone, plan.checking, gate=live.gate([row.input for row in plan.checking], plan.tenant)
+    )
 
 
 class Trial:
@@ -128,7 +130,7 @@ class Trial:
             raise TrainingFailed(
                 f"{plan.expert_id} is not in the registry: there is no version to start from"
             )
-        features = read_stem(self._backbone, [row.input for row in plan.rows])
+        features = read_rows(self._backbone, [row.input for row in plan.rows])
         base = score_rows(self._backbone, plan.checking)  # 1
         report: dict[str, Any] = {
             "with": None,
@@ -158,10 +160,9 @@ class Trial:
         plan, own = self._plan, self._own()
         if not own:
             return {}
-        discriminant = LinearDiscriminant.fit(_statistics(own))
-        tempered = discriminant.posterior(
-            features[plan.is_held_out], self._workshop.routing.temperature_dense
-        )
+        discriminant = LinearDiscriminant.fit(self._statistics(own))
+        held_out = features[plan.is_held_out, : self._backbone.width]
+        tempered = discriminant.posterior(held_out, self._workshop.routing.temperature_dense)
         for index in np.argsort(-tempered.mean(axis=0))[: plan.check.drift_experts]:
             rival = own[index]
             scores = score_rows(self._backbone, plan.checking, rival.expert.adapter)
@@ -174,7 +175,7 @@ class Trial:
 
     def _apart(self, features: np.ndarray) -> dict[str, Any]:
         """How well the rows are routed apart, leave-one-out; a decision, when that is not enough."""
-        apart = separation(_statistics(self._own()), features)
+        apart = separation(self._statistics(self._own()), features[:, : self._backbone.width])
         if apart.accuracy >= self._plan.check.routing:
             return {"routing_loo": apart.accuracy}
         return {
@@ -232,11 +233,14 @@ class Trial:
         """The experts of the plan's tenant."""
         return [rival for rival in self._plan.rivals if rival.expert.tenant == self._plan.tenant]
 
-
-def _statistics(rivals: Sequence[Rival]) -> list[ExpertStatistics]:
-    return [
-        ExpertStatistics(expert_id=rival.expert.expert_id, rows=rival.expert.features) for rival in rivals
-    ]
+    def _statistics(self, rivals: Sequence[Rival]) -> list[ExpertStatistics]:
+        """Of the part of the features that rows are routed by."""
+        return [
+            ExpertStatistics(
+                expert_id=rival.expert.expert_id, rows=rival.expert.features[:, : self._backbone.width]
+            )
+            for rival in rivals
+        ]
 
 
 def _verdict(plan: TrialPlan, base: RowScores, now: RowScores, new: RowScores) -> dict[str, Any]:

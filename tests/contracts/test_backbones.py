@@ -23,10 +23,14 @@ from dylora_stream.model.backbone import (
 )
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.features import (
+    SKETCH_SIZE,
     LabelledText,
-    answer_sketches,
+    answer_rows,
+    answer_size,
     feature_space,
+    read_rows,
     read_stem,
+    row_size,
     stem_features,
     stem_states,
 )
@@ -124,7 +128,14 @@ def test_features_do_not_depend_on_the_batch(backbone: Backbone) -> None:
     with torch.no_grad():
         whole = backbone.model(**tokens.inputs(), output_hidden_states=True).hidden_states[2]
     assert torch.equal(whole, stem_states(backbone, tokens))
-    assert feature_space(backbone).startswith("stem2-v1-")
+    rows = read_rows(backbone, texts)
+    assert rows.shape == (len(texts), row_size(backbone))
+    np.testing.assert_allclose(rows[:, : backbone.width], together, atol=1e-6)
+    np.testing.assert_allclose(
+        rows, np.concatenate([read_rows(backbone, [text]) for text in texts]), atol=1e-4
+    )
+    assert answer_rows(backbone, ROWS[:2]).shape == (2, answer_size(backbone))
+    assert feature_space(backbone).startswith("stem2-v2-")
 
 
 def test_a_sketch_is_the_projected_gradient_of_the_answer_s_loss(backbone: Backbone) -> None:
@@ -139,7 +150,9 @@ def test_a_sketch_is_the_projected_gradient_of_the_answer_s_loss(backbone: Backb
     (gradients,) = torch.autograd.grad(loss, states)
     first, second = features._projections(backbone.width, backbone.device)
     expected = torch.nn.functional.normalize(((gradients @ first) * (states @ second)).mean(0), dim=0)
-    np.testing.assert_allclose(answer_sketches(backbone, [row])[0], expected.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        answer_rows(backbone, [row])[0, :SKETCH_SIZE], expected.detach().numpy(), atol=1e-5
+    )
 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(backbone: Backbone) -> None:

@@ -19,7 +19,7 @@ from dylora_stream.model.adapters import Adapter, load_adapter, save_adapter
 from dylora_stream.model.answering import MixtureAnswerer
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import GenerationConfig, ModelConfig, PoolConfig
-from dylora_stream.model.features import LabelledText, read_stem
+from dylora_stream.model.features import LabelledText, read_rows
 from dylora_stream.model.gates import BackboneGate, ClosedFormGate, Gate, HybridGate
 from dylora_stream.model.live import LiveExperts, read_expert
 from dylora_stream.model.network import RouterNetwork
@@ -63,7 +63,7 @@ class World:
         folder = self.folder / f"{skill}-{version}"
         save_adapter(folder, random_adapter(self.backbone, hash_of(skill) + version), self.backbone, {})
         save_file(
-            {"features": read_stem(self.backbone, texts(skill, ROWS))}, folder / "statistics.safetensors"
+            {"features": read_rows(self.backbone, texts(skill, ROWS))}, folder / "statistics.safetensors"
         )
         return ExpertVersion(
             expert_id=skill,
@@ -128,7 +128,7 @@ def answerer(world: World) -> Iterator[MixtureAnswerer]:
 def test_without_experts_the_backbone_answers_and_everything_is_novel(
     world: World, answerer: MixtureAnswerer
 ) -> None:
-    """An empty pool gives the bare model's greedy answers, no p-value, and the features of the stem alone."""
+    """An empty pool gives the bare model's greedy answers, no p-value, and the feature rows of the stem alone."""
     inputs = ["what", "a longer question", "x"]
     answers = answerer.answer(ask(*inputs))
     tokens = world.backbone.encode(inputs)
@@ -147,7 +147,7 @@ def test_without_experts_the_backbone_answers_and_everything_is_novel(
         assert answer.novelty.p_value is None
         assert answer.novelty.is_novel
     features = np.stack([answer.features for answer in answers])
-    np.testing.assert_allclose(features, read_stem(world.backbone, inputs), atol=1e-4)
+    np.testing.assert_allclose(features, read_rows(world.backbone, inputs), atol=1e-4)
 
 
 def test_a_nascent_experts_row_is_shared_and_a_mature_ones_is_taken_alone(
@@ -292,7 +292,7 @@ def test_choices_are_ranked_by_mean_likelihood_to_the_end_token(
     live = answerer._live
     for text, answer in zip(inputs, answers, strict=True):
         rows = [LabelledText(input=text, output=choice) for choice in choices]
-        losses = score_rows(world.backbone, rows, gate=live.gate("default")).losses
+        losses = score_rows(world.backbone, rows, gate=live.gate([text] * len(choices), "default")).losses
         assert answer.output == choices[int(losses.argmin())]
 
 

@@ -19,7 +19,7 @@ from dylora_stream.core.routing import METHODS, Routing, RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant, Moments, Whitening
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
-from dylora_stream.model.features import LabelledText, read_stem, stem_states
+from dylora_stream.model.features import LabelledText, read_rows, read_stem, stem_states
 from dylora_stream.model.gates import GATES, SERVED_GATES, gate_named
 from dylora_stream.model.gates.base import BackboneGate, Lesson, Memory, Scene, Stage, Student
 from dylora_stream.model.gates.gain import GainGate
@@ -366,7 +366,7 @@ def experts(backbone: Backbone, memory: Mapping[str, Memory]) -> list[LoadedExpe
             expert_id=name,
             version=1,
             adapter=random_adapter(backbone, place),
-            features=memory[name].features,
+            features=read_rows(backbone, texts(name, ROWS)),
             is_mature=True,
         )
         for place, name in enumerate(NAMES)
@@ -383,7 +383,7 @@ def live_with(backbone: Backbone, gate: Student) -> LiveExperts:
 def served(live: LiveExperts, inputs: list[str], tenant: str = "default") -> tuple[Routing, Tensor]:
     """Routing and logits of a batch."""
     tokens = live.backbone.encode(inputs)
-    with live.serving(tokens.attention_mask, [tenant] * len(inputs)) as current:
+    with live.serving(tokens, inputs, [tenant] * len(inputs)) as current:
         logits = live.backbone.model(**tokens.inputs()).logits[:, -1]
     assert current.routed is not None
     return current.routed.routing, logits

@@ -1,0 +1,146 @@
+"""The fused distance of a row to each expert: block distances on one scale, averaged.
+
+Terms: distance to the expert's centre in each block, to its nearest mode over all blocks, difference of length; the
+same again for the answer where there is one. A term is brought to mean 0 and deviation 1 by what held-out rows have to
+their own expert, and the terms are averaged: z_e = Σ_t w_t (d_te - m_te) / s_te / Σ_t w_t.
+
+Input terms share m and s between experts (an expert whose own rows scatter more is not forgiven more); for answers they
+are half the expert's own, because some experts have three answers and some have a new one in each row.
+
+Lost (leave one task out, AUROC mean / worst, inputs of `continual/bare`): every expert's own m and s 0.987 / 0.936
+against 0.993 / 0.969; a logistic model over the terms, learned on pairs of known experts, 0.953 against 0.953 with
+three blocks and worse with more terms (it learns to tell known experts apart); margins to the second expert as terms
+0.952.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dylora_stream.core.novelty.config import NoveltyConfig
+from dylora_stream.core.novelty.layout import FeatureLayout
+from dylora_stream.core.novelty.spaces import Space
+from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.statistics import ExpertStatistics
+
+__all__ = ["Fit", "Fusion", "has_answer"]
+
+OWN_SHARE = 0.5  # weight of an expert's own location and spread in those of its answer terms
+SPREAD_FLOOR = 0.02  # of a term: distances lie between 0 and 2
+
+
+def has_answer(answers: np.ndarray | None, rows: int) -> np.ndarray:
+    """(rows,) whether a row has answer features: neither nan nor all zero."""
+    if answers is None or not answers.shape[1]:
+        return np.zeros(rows, dtype=bool)
+    return np.asarray(np.isfinite(answers).all(axis=1) & answers.any(axis=1))
+
+
+class Fit:
+    """Whitening, centres and modes of all experts from one set of rows: raw terms, before any calibration."""
+
+    def __init__(
+        self,
+        experts: Sequence[ExpertStatistics],
+        factory: IndexFactory,
+        config: NoveltyConfig,
+        rng: np.random.Generator,
+    ) -> None:
+        rows = [expert.rows for expert in experts]
+        layout = FeatureLayout.recognised(rows[0].shape[1])
+        self._experts = len(experts)
+        self._inputs = Space.fit(rows, layout, factory, config, rng)
+        given = [
+            e.answers[has_answer(e.answers, e.count)] if e.answers is not None else None for e in experts
+        ]
+        self._answered = [column for column, part in enumerate(given) if part is not None and len(part)]
+        self._answers: Space | None = None
+        if self._answered:
+            parts = [part for part in given if part is not None and len(part)]
+            self._answers = Space.fit(
+                parts, FeatureLayout.recognised(parts[0].shape[1], is_answer=True), factory, config, rng
+            )
+
+    def input_terms(self, features: np.ndarray) -> np.ndarray:
+        """features (n, D) → (n, E, B + 2)."""
+        return self._inputs.terms(features)
+
+    def answer_terms(self, answers: np.ndarray | None, rows: int) -> np.ndarray | None:
+        """answers (n, A) → (n, E, B' + 2); nan for rows and experts without answers; None where nothing can be said."""
+        mask = has_answer(answers, rows)
+        if self._answers is None or answers is None:
+            return None
+        result = np.full((rows, self._experts, len(self._answers.blocks) + 2), np.nan)
+        if mask.any():
+            result[np.ix_(np.flatnonzero(mask), self._answered)] = self._answers.terms(answers[mask])
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Location, spread (E, T) and weight (T,) of one kind of terms."""
+
+    location: np.ndarray
+    spread: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def fit(
+        cls, terms: np.ndarray, owner: np.ndarray, own_share: float, config: NoveltyConfig
+    ) -> "Scale | None":
+        """terms (n, E, T) of held-out rows, owner (n,): from the distances of rows to their own experts."""
+        own = terms[np.arange(len(owner)), owner]  # (n, T)
+        usable = np.isfinite(own).all(axis=1)
+        experts, count = terms.shape[1], terms.shape[2]
+        if usable.sum() < 2:  # noqa: PLR2004 - a spread takes two
+            return None
+        own, owner = own[usable], owner[usable]
+        seen = [own[owner == column] for column in range(experts) if (owner == column).any()]
+        medians, variances = np.stack([np.median(p, axis=0) for p in seen]), [p.var(axis=0) for p in seen]
+        median, variance = medians.mean(axis=0), np.mean(variances, axis=0)
+        location, spread = np.tile(median, (experts, 1)), np.tile(variance, (experts, 1))
+        for column in np.unique(owner).tolist():
+            part = own[owner == column]
+            location[column] = own_share * np.median(part, axis=0) + (1.0 - own_share) * median
+            spread[column] = own_share * part.var(axis=0) + (1.0 - own_share) * variance
+        blocks = count - 2
+        weight = np.ones(count)
+        weight[-2] = config.neighbour_weight * blocks
+        weight[-1] = config.length_weight * blocks / experts
+        return cls(location, np.sqrt(spread + SPREAD_FLOOR**2), weight)
+
+    def weighted(self, terms: np.ndarray) -> np.ndarray:
+        """terms (n, E, T) → (n, E) weighted sum of standardised terms; nan where a term is."""
+        return np.asarray(((terms - self.location) / self.spread) @ self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How terms become one number a row and expert."""
+
+    inputs: Scale | None
+    answers: Scale | None
+
+    @classmethod
+    def fit(
+        cls, inputs: np.ndarray, answers: np.ndarray | None, owner: np.ndarray, config: NoveltyConfig
+    ) -> "Fusion":
+        """From the terms of held-out rows and their owners."""
+        return cls(
+            Scale.fit(inputs, owner, 0.0, config),
+            None if answers is None else Scale.fit(answers, owner, OWN_SHARE, config),
+        )
+
+    def __call__(self, inputs: np.ndarray, answers: np.ndarray | None) -> np.ndarray:
+        """(n, E): 0 for a typical known row at its own expert, 1 a deviation of the average term farther."""
+        if self.inputs is None:
+            return inputs[..., :-1].mean(axis=-1)
+        total, weight = self.inputs.weighted(inputs), self.inputs.weight.sum()
+        if answers is None or self.answers is None:
+            return np.asarray(total / weight)
+        more = self.answers.weighted(answers)
+        known = np.isfinite(more)
+        return np.where(
+            known, (total + np.where(known, more, 0.0)) / (weight + self.answers.weight.sum()), total / weight
+        )
