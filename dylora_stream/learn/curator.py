@@ -359,7 +359,8 @@ class Curator:
         ]
         for tenant in sorted({row.tenant for row in waiting}):
             rows = [row for row in waiting if row.tenant == tenant]
-            matches = self._knowledge.match(tenant, np.stack([row.features for row in rows]))
+            features = np.stack([row.features for row in rows])
+            matches = self._knowledge.match(tenant, features, [row.sketch for row in rows])
             for row, match in zip(rows, matches, strict=True):
                 if match.nearest is not None and not match.is_novel:
                     self._buffers.assign(row, match.nearest, changes)
