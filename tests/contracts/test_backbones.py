@@ -1,5 +1,6 @@
 """One contract for every backbone: a tiny Llama, and a tiny GPT-2 with fused projections and Conv1D layers."""
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from dylora_stream.model.features import (
     stem_features,
     stem_states,
 )
+from dylora_stream.model.memory import keep_freed_memory
 from dylora_stream.model.training import Trained, TrainingOptions, row_losses, score_rows, train_expert
 
 ROWS = [
@@ -298,3 +300,15 @@ def test_a_path_that_holds_no_model_is_not_taken_for_a_hub_name(tmp_path: Path) 
     with pytest.raises(ModelNotFound, match="not a model folder"):
         fetch_backbone(tmp_path / "target", print, name=str(tmp_path))
     assert not (tmp_path / "target").exists()
+
+
+def test_a_second_pass_meets_the_memory_of_the_first(backbone: Backbone) -> None:
+    """Where the C library can be told so, what a pass frees is not given back: hardly a page is new to the next."""
+    if not keep_freed_memory():
+        pytest.skip("this C library has no mallopt")
+    tokens = backbone.encode(["a b c " * 200] * 16)
+    with torch.no_grad():
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            backbone.body(**tokens.inputs(), use_cache=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
