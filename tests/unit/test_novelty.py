@@ -132,7 +132,7 @@ def test_wrong_novelty_settings_are_refused() -> None:
     for wrong in (
         {"alpha": 0.5},
         {"folds": 1},
-        {"neighbours": 9},
+        {"neighbours": 0},
         {"beyond_margin": 0.5},
         {"length_weight": -1.0},
     ):

@@ -27,12 +27,14 @@ class NoveltyConfig:
     neighbours: int = 64
     """Nearest modes of all experts that are looked at; an expert without one among them is as far as the last."""
 
-    neighbour_weight: float = 1.0
-    """Weight of the nearest mode's distance beside the average distance to the expert's centre, at least 0."""
+    neighbour_weight: float = 0.25
+    """Weight of the nearest mode's distance beside the distance to the expert's centre, at least 0. Centres alone are
+    as good while an expert is one skill; the modes stay for experts that widened."""
 
     length_weight: float = 1.0
     """Weight of a whitened row's log length beside its direction where there is one expert, at least 0; with E
-    experts it is divided by E, because directions then tell more."""
+    experts it is divided by E², because directions then tell more (loghub, inputs, AUROC with and without: one expert
+    0.963, 0.920; two 0.964, 0.975; three 0.962, 0.969)."""
 
     entropy_temperature: float = 8.0
     """Nats of logit difference that count as one; see `RoutingConfig.temperature_dense`."""

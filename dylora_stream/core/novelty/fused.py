@@ -73,7 +73,9 @@ class Fit:
             return None
         result = np.full((rows, self._experts, len(self._answers.blocks) + 2), np.nan)
         if mask.any():
-            result[np.ix_(np.flatnonzero(mask), self._answered)] = self._answers.terms(answers[mask])
+            result[np.ix_(np.flatnonzero(mask), np.array(self._answered))] = self._answers.terms(
+                answers[mask]
+            )
         return result
 
 
@@ -93,7 +95,7 @@ class Scale:
         own = terms[np.arange(len(owner)), owner]  # (n, T)
         usable = np.isfinite(own).all(axis=1)
         experts, count = terms.shape[1], terms.shape[2]
-        if usable.sum() < 2:  # noqa: PLR2004 - a spread takes two
+        if usable.sum() < 2:
             return None
         own, owner = own[usable], owner[usable]
         seen = [own[owner == column] for column in range(experts) if (owner == column).any()]
@@ -107,7 +109,7 @@ class Scale:
         blocks = count - 2
         weight = np.ones(count)
         weight[-2] = config.neighbour_weight * blocks
-        weight[-1] = config.length_weight * blocks / experts
+        weight[-1] = config.length_weight * blocks / experts**2
         return cls(location, np.sqrt(spread + SPREAD_FLOOR**2), weight)
 
     def weighted(self, terms: np.ndarray) -> np.ndarray:
@@ -135,12 +137,11 @@ class Fusion:
     def __call__(self, inputs: np.ndarray, answers: np.ndarray | None) -> np.ndarray:
         """(n, E): 0 for a typical known row at its own expert, 1 a deviation of the average term farther."""
         if self.inputs is None:
-            return inputs[..., :-1].mean(axis=-1)
+            return np.asarray(inputs[..., :-1].mean(axis=-1))
         total, weight = self.inputs.weighted(inputs), self.inputs.weight.sum()
         if answers is None or self.answers is None:
             return np.asarray(total / weight)
         more = self.answers.weighted(answers)
         known = np.isfinite(more)
-        return np.where(
-            known, (total + np.where(known, more, 0.0)) / (weight + self.answers.weight.sum()), total / weight
-        )
+        both = (total + np.where(known, more, 0.0)) / (weight + self.answers.weight.sum())
+        return np.asarray(np.where(known, both, total / weight))

@@ -13,7 +13,11 @@ from dylora_stream.core.lexical import ANSWER_TOKENS, BYTES, SURFACE, TOKENS
 __all__ = ["SKETCH", "Block", "FeatureLayout"]
 
 SKETCH = 512  # numbers of an answer's gradient sketch
-STEM_BLOCKS = ("mean", "middle", "spread")  # at the stem's depth, at half of it, deviation at the stem's depth
+STEM_BLOCKS = (
+    "mean",
+    "middle",
+    "spread",
+)  # at the stem's depth, at half of it, deviation at the stem's depth
 LEXICAL = (("tokens", TOKENS), ("bytes", BYTES), ("surface", SURFACE))
 
 

@@ -1,7 +1,7 @@
 """Calibrated novelty: the fused distance as a conformal p-value, and what is novel.
 
-1. Cross-conformal (Vovk 2012, 1208.0806): every distinct row of an expert is scored by a fit that has not seen its fold,
-   whitening, centres and modes alike. The score of a row is its fused distance to the nearest expert with a say.
+1. Cross-conformal (Vovk 2012, 1208.0806): every distinct row of an expert is scored by a fit that has not seen its
+   fold, whitening, centres and modes alike. The score of a row is its fused distance to the nearest expert with a say.
 2. p = (1 + held-out rows of the experts at least as far) / (1 + their number) (2104.08279), ties broken by a hash of
    the row. A row is novel when p <= alpha. Known traffic that is exchangeable with the experts' rows taken together is
    called novel at most alpha of the time.
@@ -15,7 +15,8 @@ with the most false alarms has about 0.12.
 A fit on all rows is a little closer to known rows than the folds' fits, so the true rate lies a little below alpha.
 Scoring changes nothing; what is called novel never moves the statistics that called it so.
 
-Cost: see `bench novelty`; 16 rows against 10 experts of 100 rows take about 6 ms on one core, of 1,000 rows about 14 ms.
+Cost, one core, 16 rows: 3.5 ms against 10 experts of 100 rows, 13.6 ms against 10,000 modes in all, of a pass of
+400 ms; the lexical features take another 4.4 ms. A fit costs folds + 1 whitenings of each block.
 """
 
 import hashlib
@@ -115,8 +116,8 @@ class NoveltyScorer:
     def score(
         self, features: np.ndarray, allowed: np.ndarray | None = None, answers: np.ndarray | None = None
     ) -> NoveltyScores:
-        """features: (n, D) float32; allowed: (n, E) bool, all where None; answers: (n, A) float32, nan or zero for a row
-        without one. Changes nothing; equal rows get equal scores."""
+        """features: (n, D) float32; allowed: (n, E) bool, all where None; answers: (n, A) float32, nan or zero for a
+        row without one. Changes nothing; equal rows get equal scores."""
         rows = len(features)
         if self._fit is None or self._fusion is None or self._calibrations is None:
             return _unknown(rows)
@@ -258,7 +259,7 @@ def _unknown(rows: int) -> NoveltyScores:
 
 def distinct(rows: np.ndarray) -> np.ndarray:
     """The distinct rows of (n, d), in order of first appearance."""
-    return rows[_first(rows)]
+    return np.asarray(rows[_first(rows)])
 
 
 def distinct_expert(expert: ExpertStatistics) -> ExpertStatistics:
@@ -272,7 +273,7 @@ def distinct_expert(expert: ExpertStatistics) -> ExpertStatistics:
 def _first(rows: np.ndarray) -> np.ndarray:
     """Where distinct rows first appear, ascending."""
     _, first = np.unique(rows, axis=0, return_index=True)
-    return np.sort(first)
+    return np.asarray(np.sort(first))
 
 
 def _uniform(features: np.ndarray) -> np.ndarray:

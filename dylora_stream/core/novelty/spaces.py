@@ -70,7 +70,7 @@ def _whitening(parts: Sequence[np.ndarray]) -> np.ndarray:
 def _inverted(lower: np.ndarray) -> np.ndarray:
     """The inverse of a lower triangle, by halves: a third of what a general solver takes."""
     size = len(lower)
-    if size <= 64:  # noqa: PLR2004 - below it a call costs more than its sums
+    if size <= 64:
         return np.asarray(np.linalg.inv(lower))
     half = size // 2
     result = np.zeros_like(lower)
