@@ -306,7 +306,7 @@ def test_a_second_pass_meets_the_memory_of_the_first(backbone: Backbone) -> None
     """Where the C library can be told so, what a pass frees is not given back: hardly a page is new to the next."""
     if not keep_freed_memory():
         pytest.skip("this C library has no mallopt")
-    tokens = backbone.encode(["a b c " * 200] * 16)
+    tokens = backbone.encode(["a b c " * 15] * 32)
     with torch.no_grad():
         for _ in range(3):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
