@@ -52,7 +52,7 @@ class Fit:
         self._experts = len(experts)
         self._inputs = Space.fit(rows, layout, factory, config, rng)
         given = [
-            e.answers[has_answer(e.answers, e.count)] if e.answers is not None else None for e in experts
+            e.answers[has_answer(e.answers, len(e.rows))] if e.answers is not None else None for e in experts
         ]
         self._answered = [column for column, part in enumerate(given) if part is not None and len(part)]
         self._answers: Space | None = None

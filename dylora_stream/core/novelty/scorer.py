@@ -185,7 +185,8 @@ def _held_out(
 ) -> _HeldOut:
     """Folds of every expert's rows; an expert's only row is never held out, and one of fewer rows than folds never
     loses its last row."""
-    folds = [rng.permutation(e.count) % config.folds if e.count > 1 else np.full(1, -1) for e in experts]
+    sizes = [len(expert.rows) for expert in experts]  # not `count`, whose scatter is D² numbers
+    folds = [rng.permutation(size) % config.folds if size > 1 else np.full(size, -1) for size in sizes]
     inputs, answers, owner = [], [], []
     for fold in range(config.folds):
         masks = [part == fold for part in folds]
