@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dylora_stream.cli.continual import continual
+from dylora_stream.cli.novelty import novelty
 from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
 
 __all__ = ["register"]
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measurements, each from one run on this machine.", no_args_is_help=True)
     bench.command("throughput")(throughput)
     bench.command("continual")(continual)
+    bench.command("novelty")(novelty)
     bench.callback()(lambda: None)
     app.add_typer(bench, name="bench", rich_help_panel="Showing")
 

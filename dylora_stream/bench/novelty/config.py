@@ -1,0 +1,47 @@
+"""What a run is asked for, as the command line says it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dylora_stream.core.errors import SettingsError
+
+__all__ = ["ALPHAS", "PARTS", "NoveltyBenchConfig"]
+
+PARTS = ("leave-one-out", "alarms", "stream", "cost")
+ALPHAS = (0.05, 0.01)  # promised false-alarm rates at which decisions are judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoveltyBenchConfig:
+    """What the command line says."""
+
+    data: Path
+    has_labels: bool = True
+    """Whether scorers and clusters see the rows' answers."""
+    is_stripped: bool = False
+    """Whether markers at the beginning of lines (`Title:`, `sentence 1:`) are taken off the inputs."""
+    is_training: bool = False
+    """Whether the stream's experts are trained and checked on held-out rows; else statistics alone found them."""
+    only: tuple[str, ...] = PARTS
+    twins: tuple[str, ...] = ()
+    """Tasks that are one skill: each is left out too, but reported apart; the stream counts them as one."""
+    train_rows: int = 120
+    """Of each task, to fit experts on."""
+    test_rows: int = 100
+    """Of each task, to judge."""
+    max_tokens: int = 256
+    """Of a row, answer included; longer ones are passed over."""
+    draws: int = 20
+    """Fresh splits over which the false-alarm rate of exchangeable rows is averaged."""
+    seed: int = 0
+    work: Path | None = None
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.only) - set(PARTS))
+        if unknown or not self.only:
+            raise SettingsError(f"there is no part {', '.join(unknown)!r}: use some of {', '.join(PARTS)}")
+        if min(self.train_rows, self.test_rows, self.draws) < 1:
+            raise SettingsError("at least one training row, one test row and one draw are needed")
+        if len(self.twins) == 1:
+            raise SettingsError(f"{self.twins[0]} alone is nobody's twin: --twins names two tasks or more")

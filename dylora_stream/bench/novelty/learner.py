@@ -1,0 +1,219 @@
+"""The daemon's learn loop on in-memory ports, in lockstep: a batch of records, then all jobs that it makes worth doing.
+
+Broker, ledger and clock are in memory; curator, clusters, novelty, job folders and decisions are the daemon's own.
+Training, where it is asked for, is the daemon's child's: a job that is done already is taken as it is, so that a run
+that was stopped goes on where it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dylora_stream.bench.continual.workbench import Tell
+from dylora_stream.bench.novelty.child import Finished, StreamChild, Train
+from dylora_stream.bench.novelty.script import Script
+from dylora_stream.bootstrap.parts import faiss_index, router_parts, statistics_loader
+from dylora_stream.core.events import EventType
+from dylora_stream.core.ledger import Changes, LedgerRow, RowState
+from dylora_stream.core.messages import (
+    DEFAULT_TENANT,
+    Novelty,
+    Policy,
+    Position,
+    Sample,
+    SampleReason,
+    Topic,
+)
+from dylora_stream.learn.curator import Curator, CuratorConfig
+from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService, Training
+from dylora_stream.model.backbone import Backbone
+from dylora_stream.model.features import feature_space
+from dylora_stream.model.jobs import run_job
+from dylora_stream.model.reference import write_reference
+from dylora_stream.model.trial import Workshop
+from dylora_stream.settings import Settings
+from dylora_stream.store.experts import FolderStore
+from dylora_stream.stream.wire import WireCodec
+from dylora_stream.testing import ManualClock, MemoryBroker, MemoryLedger, MemorySink, MemorySource
+
+__all__ = ["Played", "play", "trainer"]
+
+BATCH = 8  # records of a poll
+TOPIC = "stream"
+SNAPSHOTS = 4  # of who has which record, for the picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """What became of a script's records. `finished`: jobs, each with the number of records taken until then."""
+
+    owners: tuple[str | None, ...]
+    """The expert that has each record at the end."""
+    was_known: tuple[bool, ...]
+    """Whether an expert knew it when it came."""
+    finished: tuple[tuple[int, Finished], ...]
+    experts: tuple[str, ...]
+    """Live at the end."""
+    numbers: dict[str, int]
+    """The number of each record by its position."""
+    snapshots: tuple[tuple[str | None, ...], ...]
+    """The expert of each record so far, at `SNAPSHOTS` even moments."""
+
+
+class WatchedLedger(MemoryLedger):
+    """Keeps every row's first and last state within reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, RowState] = {}
+        self.last: dict[str, LedgerRow] = {}
+
+    def commit(self, changes: Changes) -> None:
+        """See the port."""
+        super().commit(changes)
+        for position, row in changes.rows.items():
+            self.first.setdefault(position, row.state)
+            self.last[position] = row
+
+
+class Quiet:
+    """`LearnMetrics` that nobody reads."""
+
+    def polled(self, lag_records: Callable[[], int]) -> None:
+        """See LearnMetrics."""
+
+    def sampled(self, samples: Sequence[Sample]) -> None:
+        """See LearnMetrics."""
+
+    def job_ended(self, kind: str, outcome: str) -> None:
+        """See LearnMetrics."""
+
+    def aborted(self) -> None:
+        """See LearnMetrics."""
+
+    def happened(self, kind: EventType) -> None:
+        """See LearnMetrics."""
+
+
+class StreamLearner:
+    """Takes a script's records. `folder` holds jobs, experts, and what similarities are measured against."""
+
+    def __init__(
+        self, settings: Settings, backbone: Backbone, script: Script, folder: Path, train: Train | None
+    ) -> None:
+        self._script = script
+        self._space = feature_space(backbone)
+        self._clock, self._broker, self.ledger = ManualClock(), MemoryBroker(), WatchedLedger()
+        self._codec = WireCodec(source="/dylora/bench")
+        self.child = StreamChild(script.rows, settings.check.routing, backbone.width, train)
+        folder.mkdir(parents=True, exist_ok=True)
+        store = FolderStore(str((folder / "experts").absolute()), folder / "cache")
+        knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
+        rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
+        self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
+        topics = (Topic.SAMPLES, Topic.FEEDBACK)
+        ports = LearnPorts(
+            source=MemorySource(self._broker, topics, group="learn", positions=self.ledger.positions),
+            sink=MemorySink(self._broker, "learn"),
+            ledger=self.ledger,
+            child=self.child,
+            store=store,
+            codec=self._codec,
+            clock=self._clock,
+            metrics=Quiet(),
+        )
+        reference = folder / f"reference-{self._space}.safetensors"
+        write_reference(backbone, reference)
+        feedback = self._broker.name(Topic.FEEDBACK)
+        folders = LearnFolders(jobs=folder / "jobs", reference=reference, feedback_topic=feedback)
+        config = replace(settings.learn, threads=torch.get_num_threads())
+        self._service = LearnService(ports, self.curator, config, _training(settings, backbone), folders)
+        self._service.recover()
+
+    def feed(self, numbers: Sequence[int]) -> None:
+        """These records of the script, and every job that they are reason for."""
+        for number in numbers:
+            elapsed_ms = int(self._script.times_ms[number] - self._script.times_ms[max(number - 1, 0)])
+            self._clock.advance(elapsed_ms / 1000)
+            message = self._codec.encode_sample(self._sample(number))
+            self._broker.append(
+                message.topic, message.value, message.key, message.headers, self._clock.now_ms()
+            )
+        submitted = -1
+        while submitted != self.child.submitted or not self.child.is_idle:
+            submitted = self.child.submitted
+            self._service.step()
+
+    def owners(self, count: int) -> tuple[str | None, ...]:
+        """The expert that has each of the first `count` records; None: nobody."""
+        rows = [self.ledger.last[str(Position(TOPIC, 0, number))] for number in range(count)]
+        return tuple(row.expert_id if row.state is RowState.ASSIGNED else None for row in rows)
+
+    def _sample(self, number: int) -> Sample:
+        """A labelled record that the backbone answered wrongly: every record teaches."""
+        line = int(self._script.lines[number])
+        text = self._script.rows.texts[line]
+        return Sample(
+            position=Position(TOPIC, 0, number),
+            id=None,
+            tenant=DEFAULT_TENANT,
+            input=text.input,
+            output=text.output,
+            choices=(),
+            reason=SampleReason.TEACHING,
+            timestamp_ms=self._clock.now_ms(),
+            answer="",
+            policy=Policy.BACKBONE,
+            expert=None,
+            version=0,
+            novelty=Novelty(score=0.0, p_value=None, entropy=0.0, nearest=None, is_novel=True),
+            feature_space=self._space,
+            features=self._script.rows.features[line],
+        )
+
+
+def play(learner: StreamLearner, script: Script, tell: Tell) -> Played:
+    """The whole script."""
+    finished: list[tuple[int, Finished]] = []
+    snapshots: list[tuple[str | None, ...]] = []
+    for start in range(0, len(script), BATCH):
+        tell(f"stream: {len(learner.curator.registry.experts)} experts", start, len(script))
+        end = min(start + BATCH, len(script))
+        learner.feed(range(start, end))
+        finished += [(end, job) for job in learner.child.finished[len(finished) :]]
+        if end * SNAPSHOTS >= (len(snapshots) + 1) * len(script):
+            snapshots.append(learner.owners(end))
+    positions = [str(Position(TOPIC, 0, number)) for number in range(len(script))]
+    return Played(
+        owners=learner.owners(len(script)),
+        was_known=tuple(learner.ledger.first[position] is RowState.ASSIGNED for position in positions),
+        finished=tuple(finished),
+        experts=tuple(version.expert_id for version in learner.curator.registry.experts),
+        numbers={position: number for number, position in enumerate(positions)},
+        snapshots=tuple(snapshots),
+    )
+
+
+def trainer(settings: Settings, backbone: Backbone, tell: Tell) -> Train:
+    """Jobs done as the daemon's child does them, told about."""
+
+    def say(progress: dict[str, object]) -> None:
+        tell(f"stream: {progress.get('stage')}", int(str(progress["step"])), int(str(progress["steps"])))
+
+    workshop = Workshop(backbone=backbone, parts=router_parts(settings), routing=settings.router, say=say)
+    return lambda folder: run_job(folder, workshop)
+
+
+def _training(settings: Settings, backbone: Backbone) -> Training:
+    return Training(
+        seeding=settings.seeding,
+        consolidation=settings.consolidation,
+        check=asdict(settings.check),
+        backbone=backbone.digest,
+        feature_space=feature_space(backbone),
+        prompt_template=backbone.template.text,
+        rank=settings.pool.rank,
+    )

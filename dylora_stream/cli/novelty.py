@@ -1,0 +1,115 @@
+"""The command `bench novelty`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
+from dylora_stream.core.errors import SettingsError
+
+__all__ = ["novelty"]
+
+LIBRARIES = ("matplotlib", "scipy", "sklearn")
+
+
+class Labels(StrEnum):
+    """Whether answers are seen."""
+
+    YES = "yes"
+    NO = "no"
+
+
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        help="A folder of NAME.train.jsonl and NAME.test.jsonl, a row a line, input and output; outliers.jsonl, input "
+        "alone, if there are any."
+    ),
+]
+LabelsOption = Annotated[Labels, typer.Option(help="Whether scorers and clusters see the rows' answers.")]
+StripOption = Annotated[
+    bool, typer.Option("--strip-markers", help="Take markers (Title:, sentence 1:) off the inputs' lines.")
+]
+RowsOption = Annotated[
+    int | None, typer.Option(min=4, help="Rows of each file; short for --train-rows and --test-rows.")
+]
+TrainRowsOption = Annotated[int, typer.Option(min=4, help="Rows of each task to fit experts on.")]
+TestRowsOption = Annotated[int, typer.Option(min=4, help="Rows of each task to judge.")]
+MaxTokensOption = Annotated[
+    int, typer.Option(min=8, help="Of a row, answer included; longer rows are passed over and counted.")
+]
+DrawsOption = Annotated[int, typer.Option(min=1, help="Fresh splits over which false alarms are averaged.")]
+SeedOption = Annotated[int, typer.Option(help="Of rows, splits and the stream.")]
+TrainOption = Annotated[
+    bool, typer.Option("--train", help="Train the stream's experts and check them as the daemon does.")
+]
+TwinsOption = Annotated[
+    str | None, typer.Option(metavar="A,B,…", help="Tasks that are one skill: reported apart.")
+]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(metavar="PART,…", help="Some of leave-one-out, alarms, stream, cost; else all of them."),
+]
+WorkOption = Annotated[
+    Path | None, typer.Option(help="Where what is read is kept; else bench/novelty in store.folder.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Also write the numbers to this file, as JSON, and plots beside it.")
+]
+
+
+def novelty(
+    data: DataOption,
+    labels: LabelsOption = Labels.YES,
+    strip_markers: StripOption = False,
+    rows: RowsOption = None,
+    train_rows: TrainRowsOption = 120,
+    test_rows: TestRowsOption = 100,
+    max_tokens: MaxTokensOption = 256,
+    draws: DrawsOption = 20,
+    seed: SeedOption = 0,
+    train: TrainOption = False,
+    twins: TwinsOption = None,
+    only: OnlyOption = None,
+    work: WorkOption = None,
+    report: ReportOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """How well new kinds of records are told from known ones, and gathered into skills, one expert each.
+
+    Leaves each task out in turn, measures false alarms against what is promised, and plays a stream through the
+    daemon's own learn loop. Features are read once; a run that was stopped goes on where it was.
+    """
+    from rich.console import Console
+
+    try:
+        from dylora_stream.bench.novelty import NoveltyBenchConfig
+        from dylora_stream.bench.novelty import novelty as measure
+        from dylora_stream.bench.novelty.config import PARTS
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LIBRARIES:
+            raise
+        raise SettingsError(f"bench novelty needs {error.name}: install dylora-stream[bench]") from error
+    asked = NoveltyBenchConfig(
+        data=data,
+        has_labels=labels is Labels.YES,
+        is_stripped=strip_markers,
+        is_training=train,
+        only=_parts(only) if only is not None else PARTS,
+        twins=_parts(twins or ""),
+        train_rows=rows or train_rows,
+        test_rows=rows or test_rows,
+        max_tokens=max_tokens,
+        draws=draws,
+        seed=seed,
+        work=work,
+        report=report,
+    )
+    measure(asked, settings_from(config, assignments), Console())
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
