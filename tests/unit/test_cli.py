@@ -23,7 +23,8 @@ from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, Stored
 COMMANDS = [
     ("run",), ("broker",), ("produce",), ("replay",), ("score",), ("doctor",), ("config", "show"), ("model", "fetch"),
     ("version",), ("demo",), ("bench", "throughput"), ("bench", "continual"), ("bench", "novelty"),
-    ("experts", "list"), ("experts", "show"), ("experts", "export"), ("samples", "stats"), ("topics", "list"), ("topics", "create"), ("child",),
+    ("experts", "list"), ("experts", "show"), ("experts", "export"), ("samples", "stats"), ("topics", "list"),
+    ("topics", "create"), ("child",),
 ]  # fmt: skip
 
 
