@@ -205,4 +205,4 @@ def test_wrong_novelty_settings_are_refused() -> None:
         {"length_weight": -1.0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            NoveltyConfig(**wrong)  # type: ignore[arg-type]
+            NoveltyConfig(**wrong)

@@ -34,10 +34,12 @@ class WhitenedBlock:
         """parts: one (n_e, d) an expert."""
         self._centre = np.mean([part.mean(axis=0) for part in parts], axis=0).astype(np.float32)
         self._matrix = _whitening(parts)
-        embedded = [self(part) for part in parts]
-        self._means = np.stack([directions.mean(axis=0) for directions, _ in embedded])  # (E, d)
+        # One product over all rows: many small ones cost more in waking threads than in sums.
+        self.fitted, lengths = self(np.concatenate(parts))  # (N, d) directions of the rows it was fitted on
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        self._means = np.stack([part.mean(axis=0) for part in np.split(self.fitted, cuts)])  # (E, d)
         self._squares = (self._means**2).sum(axis=1)
-        self._lengths = np.array([lengths.mean() for _, lengths in embedded])  # (E,)
+        self._lengths = np.array([part.mean() for part in np.split(lengths, cuts)])  # (E,)
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """rows (n, d) → directions (n, d) float32 of length 1, log lengths (n,)."""
@@ -70,7 +72,7 @@ def _whitening(parts: Sequence[np.ndarray]) -> np.ndarray:
 def _inverted(lower: np.ndarray) -> np.ndarray:
     """The inverse of a lower triangle, by halves: a third of what a general solver takes."""
     size = len(lower)
-    if size <= 64:
+    if size <= 160:
         return np.asarray(np.linalg.inv(lower))
     half = size // 2
     result = np.zeros_like(lower)
@@ -129,11 +131,11 @@ class Space:
         """parts: one (n_e, D) an expert."""
         columns = zip(*(layout.parts(part) for part in parts), strict=True)
         blocks = tuple(WhitenedBlock(block) for block in columns)
-        searched = [
-            _searched([block(rows)[0] for block, rows in zip(blocks, layout.parts(part), strict=True)])
-            for part in parts
-        ]
-        return cls(layout, blocks, Modes(searched, factory, config, rng))
+        searched = _searched([block.fitted for block in blocks])
+        for block in blocks:
+            del block.fitted
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        return cls(layout, blocks, Modes(np.split(searched, cuts), factory, config, rng))
 
     def terms(self, rows: np.ndarray) -> np.ndarray:
         """rows (n, D) → (n, E, B + 2): distance to each expert's centre in each block, to its nearest mode over all
