@@ -244,13 +244,13 @@ class Relative(Scorer):
 
 
 class MahalanobisPlusPlus(Scorer):
-    """Mahalanobis++ (2505.18032). bare 0.943 / 0.846, loghub 0.969 / 0.925: the best single one."""
+    """Mahalanobis++ (2505.18032). loghub 0.969 / 0.925: the best single one."""
 
     _method = _PlusPlus
 
 
 class Neighbours(Scorer):
-    """Nearest neighbours of length 1 (2204.06507). bare 0.84, loghub 0.966 / 0.919."""
+    """Nearest neighbours of length 1 (2204.06507). bare 0.84 with the daemon's first features, loghub 0.966 / 0.919."""
 
     _method = _Neighbours
 
