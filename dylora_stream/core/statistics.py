@@ -163,7 +163,7 @@ class Whitening:
         return np.asarray((rows.astype(np.float64) - self.centre) @ self.matrix)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LinearDiscriminant:
     """One linear score an expert, from pooled statistics alone; the experts' order is the columns' order."""
 
@@ -180,14 +180,12 @@ class LinearDiscriminant:
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """features (n, d) float32 → (n, E) float64; only differences within a row mean something."""
-        return self.logits_of_whitened(self.whitening(features))
+        weight, bias = self.affine
+        return np.asarray(features.astype(np.float64) @ weight.T + bias)
 
-    def logits_of_whitened(self, whitened: np.ndarray) -> np.ndarray:
-        """The same for rows that went through `whitening` already."""
-        return np.asarray(whitened @ self.means.T - 0.5 * (self.means**2).sum(axis=1))
-
+    @cached_property
     def affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """(weight (E, d), bias (E,)) so that logits = features @ weight.T + bias, for use inside a forward pass."""
+        """(weight (E, d), bias (E,)) so that logits = features @ weight.T + bias: d·E products a row, not d²."""
         weight = self.means @ self.whitening.matrix.T
         return weight, -0.5 * (self.means**2).sum(axis=1) - weight @ self.whitening.centre
 

@@ -21,7 +21,7 @@ from dylora_stream.core.errors import ModelError, ModelNotFound, SettingsError
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.fetch import explain_load_error, fetch_backbone, is_model_folder
 from dylora_stream.model.identity import DEFAULT_TEMPLATE, folder_digest
-from dylora_stream.model.memory import keep_freed_memory
+from dylora_stream.model.process import prepare_process
 
 __all__ = [
     "DEFAULT_TEMPLATE", "IGNORED", "Backbone", "PromptTemplate", "Tokens", "capture_input", "fetch_backbone",
@@ -221,7 +221,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         )
     if config.threads:
         torch.set_num_threads(config.threads)
-    keep_freed_memory()
+    prepare_process()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(config.dtype, device)
     transformers_logging.disable_progress_bar()

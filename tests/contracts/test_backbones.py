@@ -35,7 +35,7 @@ from dylora_stream.model.features import (
     stem_features,
     stem_states,
 )
-from dylora_stream.model.memory import keep_freed_memory
+from dylora_stream.model.process import keep_freed_memory
 from dylora_stream.model.training import Trained, TrainingOptions, row_losses, score_rows, train_expert
 
 ROWS = [

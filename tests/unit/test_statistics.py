@@ -72,7 +72,7 @@ def test_the_discriminant_routes_separated_experts_and_its_affine_form_agrees() 
     for column, expert in enumerate(experts):
         fresh = (expert.mean + rng.normal(size=(50, DIMENSIONS))).astype(np.float32)
         assert (discriminant.logits(fresh).argmax(axis=1) == column).mean() > 0.95
-        weight, bias = discriminant.affine()
+        weight, bias = discriminant.affine
         np.testing.assert_allclose(fresh @ weight.T + bias, discriminant.logits(fresh), rtol=1e-6, atol=1e-6)
 
 
