@@ -6,7 +6,7 @@ Invariant: a row is in one place: `RowState` says which, `cluster_id` and `exper
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ ENDED = (ClusterState.MERGED, ClusterState.LEARNED)  # an id that may be used ag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """What placing or re-clustering did to clusters: new ones, and (from, into) of those that ended."""
+    """What placing or re-clustering did to clusters: new ones, (from, into) of those that ended, and (from, expert) of
+    those whose rows were an expert's."""
 
     created: tuple[ClusterRecord, ...] = ()
     merged: tuple[tuple[str, str], ...] = ()
+    joined: tuple[tuple[str, str], ...] = ()
 
 
 class Buffers:
@@ -38,9 +40,7 @@ class Buffers:
         self._rows_wanted = rows_wanted
         self._reference: Reference | None = None
         self._online: dict[str, OnlineClusters] = {}
-        for cluster in state.clusters:
-            if cluster.state is not ClusterState.TRAINING:
-                self.bring_back(cluster.cluster_id)
+        self._bring_all_back()
 
     @property
     def reference(self) -> Reference | None:
@@ -50,9 +50,7 @@ class Buffers:
     def refer_to(self, reference: Reference) -> None:
         """Measure similarities against this reference from now on."""
         self._reference, self._online = reference, {}
-        for cluster in self.clusters.values():
-            if cluster.state is not ClusterState.TRAINING:
-                self.bring_back(cluster.cluster_id)
+        self._bring_all_back()
 
     def in_state(self, state: RowState) -> list[LedgerRow]:
         """Rows in a state, oldest first."""
@@ -72,6 +70,8 @@ class Buffers:
     def put(self, row: LedgerRow, changes: Changes) -> None:
         """A row as it is from now on."""
         self.rows[row.position] = changes.rows[row.position] = row
+        if row.state is RowState.ASSIGNED:
+            self._witness(row)
 
     def put_cluster(self, cluster: ClusterRecord, changes: Changes) -> None:
         """A cluster as it is from now on."""
@@ -95,11 +95,25 @@ class Buffers:
             self.put(replace(row, state=self._state_in(cluster_id)), changes)
         for source, _ in result.merged:
             self.put_cluster(replace(self.clusters[source], state=ClusterState.MERGED), changes)
-        return Moved(created=tuple(created), merged=result.merged)
+        joined = self._join(result.joined, changes)
+        return Moved(created=tuple(created), merged=result.merged, joined=joined)
+
+    def _join(self, joined: Mapping[str, str], changes: Changes) -> tuple[tuple[str, str], ...]:
+        """Rows to the experts that they came with; clusters that lost all their rows so are learned."""
+        left: dict[str, str] = {}
+        for position, expert_id in joined.items():
+            row = self.rows[position]
+            if row.state is not RowState.SETTLED and row.cluster_id is not None:
+                left[row.cluster_id] = expert_id
+            self.assign(row, expert_id, changes)
+        ended = [(name, expert_id) for name, expert_id in left.items() if not self.members(name)]
+        for name, expert_id in ended:
+            learned = replace(self.clusters[name], state=ClusterState.LEARNED, expert_id=expert_id)
+            self.put_cluster(learned, changes)
+        return tuple(ended)
 
     def assign(self, row: LedgerRow, expert_id: str, changes: Changes, *, is_trained: bool = False) -> None:
         """The row is this expert's."""
-        self._of(row.tenant).forget([row.position])
         is_trained = row.is_trained or is_trained
         owned = replace(row, state=RowState.ASSIGNED, expert_id=expert_id, is_trained=is_trained)
         self.put(owned, changes)
@@ -117,10 +131,10 @@ class Buffers:
     def bring_back(self, cluster_id: str) -> None:
         """A cluster's rows are among those that are compared again."""
         members = self.members(cluster_id)
+        if members:
+            self._of(members[0].tenant).forget([row.position for row in members])
         for row in members:
-            online = self._of(row.tenant)
-            online.forget([row.position])
-            online.restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
+            self._of(row.tenant).restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """The row that a late answer is for, by position or by the request's id."""
@@ -176,6 +190,19 @@ class Buffers:
         )
         self.put_cluster(cluster, changes)
         return (cluster,)
+
+    def _bring_all_back(self) -> None:
+        """Every row in its place: those of experts, and those that wait."""
+        for row in self.in_state(RowState.ASSIGNED):
+            self._witness(row)
+        for cluster in self.clusters.values():
+            if cluster.state is not ClusterState.TRAINING:
+                self.bring_back(cluster.cluster_id)
+
+    def _witness(self, row: LedgerRow) -> None:
+        """An expert has the row: what new rows are told apart from."""
+        online = self._of(row.tenant)
+        online.witness(row.position, row.features, row.sketch, row.time_ms, row.expert_id or "")
 
     def _of(self, tenant: str) -> OnlineClusters:
         if tenant not in self._online:

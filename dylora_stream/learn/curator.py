@@ -171,7 +171,7 @@ class Curator:
                 continue
             members = self._buffers.members(cluster.cluster_id)
             rows = newest_distinct(members, len(members))
-            if len(rows) >= cluster.rows_wanted and self._buffers.is_ready(cluster):
+            if rows and self._buffers.is_ready(cluster):
                 named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
                 return JobRequest(kind=JobKind.SEED, rows=tuple(rows[-self._rules.max_seed_rows :]), **named)
         return None
@@ -380,6 +380,9 @@ class Curator:
             self._tell(EventType.CLUSTER_CREATED, cluster.cluster_id, cause, changes, data)
         for source, target in moved.merged:
             self._tell(EventType.CLUSTER_MERGED, source, cause, changes, {"into": target})
+        for source, expert_id in moved.joined:
+            joined = {"into": expert_id, "reason": "came_together"}
+            self._tell(EventType.CLUSTER_MERGED, source, cause, changes, joined)
 
     def _tell(
         self, kind: EventType, entity: str, cause: str, changes: Changes, data: Mapping[str, Any]
