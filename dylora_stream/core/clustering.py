@@ -249,7 +249,9 @@ class OnlineClusters:
         is_saturated = (
             len(rows) >= min_rows and distinct >= self._config.saturated_rows and _is_saturated(rows)
         )
-        if distinct < min_rows and not is_saturated:
+        if is_flood.sum() > distinct:
+            reason = "flood"
+        elif distinct < min_rows and not is_saturated:
             reason = "flood" if is_flood.any() else "repeats" if len(rows) >= min_rows else "too_few_rows"
         elif cohesion < self._config.min_cohesion:
             reason = "scattered"

@@ -32,7 +32,9 @@ def methods_named(names: Sequence[str]) -> tuple[str, ...]:
     known = (*gates.GATES, *FENCE_POSTS)
     for name in names:
         if name not in (*known, YOUNG, "all"):
-            raise SettingsError(f"there is no method {name!r}: use all, or some of {', '.join((*known, YOUNG))}")
+            raise SettingsError(
+                f"there is no method {name!r}: use all, or some of {', '.join((*known, YOUNG))}"
+            )
     return known if "all" in names else tuple(dict.fromkeys(names))
 
 

@@ -94,7 +94,7 @@ class Promise:
         scorers, has_say = {}, {}
         for alpha in ALPHAS:
             config = replace(ground.config, alpha=alpha)
-            has_say[alpha] = counts >= config.floor
+            has_say[alpha] = counts >= config.floor_rows
             key = has_say[alpha].tobytes()
             if key not in fits:
                 rng = np.random.default_rng(ground.seed)

@@ -18,8 +18,8 @@ class NoveltyConfig:
     slower."""
 
     floor_rows: int = 24
-    """Distinct rows under which an expert has no veto; never fewer than 1/alpha - 1, which cannot give p <= alpha
-    at all."""
+    """Distinct rows under which an expert has no veto. Nothing is said at all while the experts with a say have fewer
+    than 1/alpha - 1 together, which cannot give p <= alpha."""
 
     max_modes: int = 256
     """Modes an expert; above it rows are summarised by k-means."""
@@ -56,6 +56,6 @@ class NoveltyConfig:
             raise ValueError(f"entropy_temperature must be above 0, not {self.entropy_temperature}")
 
     @property
-    def floor(self) -> int:
-        """Distinct rows from which an expert has a say."""
-        return max(self.floor_rows, math.ceil(1.0 / self.alpha) - 1)
+    def least_calibration(self) -> int:
+        """Held-out rows from which a p-value can reach alpha."""
+        return math.ceil(1.0 / self.alpha) - 1

@@ -60,8 +60,10 @@ class _Calibration:
     to_a_say: tuple[np.ndarray, ...]  # to the nearest expert with a say; empty for an expert without one
     largest: np.ndarray  # (E,) the largest distance to any expert; inf where nothing was held out
 
-    def p_values(self, distances: np.ndarray, asked: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """distances (n,), asked (n, E) whose rows count, uniform (n,) → (n,); nan where no expert has a say."""
+    def p_values(
+        self, distances: np.ndarray, asked: np.ndarray, uniform: np.ndarray, least: int
+    ) -> np.ndarray:
+        """distances (n,), asked (n, E) whose rows count, uniform (n,) → (n,); nan for fewer than `least` such rows."""
         above, ties, count = (np.zeros(len(distances)) for _ in range(3))
         for column, held_out in enumerate(self.to_a_say):
             farther = len(held_out) - np.searchsorted(held_out, distances, side="right")
@@ -69,7 +71,7 @@ class _Calibration:
             above += asked[:, column] * farther
             ties += asked[:, column] * (as_far - farther)
             count += asked[:, column] * len(held_out)
-        return np.where(count > 0, (1.0 + above + uniform * ties) / (count + 1.0), np.nan)
+        return np.where(count >= max(least, 1), (1.0 + above + uniform * ties) / (count + 1.0), np.nan)
 
 
 class NoveltyScorer:
@@ -153,7 +155,7 @@ class NoveltyScorer:
             has_say = np.array([len(part) > 0 for part in calibration.to_a_say])
             asked = allowed[mask] & has_say
             near = np.where(asked, distances[mask], np.inf).min(axis=1)
-            p_value[mask] = calibration.p_values(near, asked, uniform[mask])
+            p_value[mask] = calibration.p_values(near, asked, uniform[mask], self._config.least_calibration)
             limit = np.where(allowed[mask], calibration.largest, -np.inf).max(axis=1) + margin
             is_beyond[mask] = ~allowed[mask].any(axis=1) | (distances[mask].min(axis=1) > limit)
         return p_value, is_beyond
@@ -215,7 +217,7 @@ def _calibrate(
     """
     tenants = np.array([expert.tenant for expert in experts], dtype=object)
     counts = np.bincount(held_out.owner, minlength=len(experts))
-    has_say = counts >= config.floor
+    has_say = counts >= config.floor_rows
     to_a_say: list[np.ndarray] = []
     largest = np.full(len(experts), np.inf)
     for column, expert in enumerate(experts):
