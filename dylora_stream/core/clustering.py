@@ -71,12 +71,12 @@ class ClusteringConfig:
     """Average similarity of rows that are one group whatever else, at least `join_similarity`, below 1."""
 
     kinship: float = 0.75
-    """Two groups are one by their looks only if they are this share as alike as each by itself, in (0, 1]. At 0.6
-    the demo's four skills, sent mixed, run together."""
+    """Two groups of which time says nothing are one only if they are this share as alike as each by itself, in (0, 1].
+    Simulated streams of 8 log systems hardly mind: mean ARI 0.74 at 0.6, 0.76 at 0.75 and 0.9."""
 
     together: float = 0.5
     """What having come together adds to the similarity of two groups, and having come apart takes away, at least 0.
-    At 0, log systems that arrive one after another end as 3 experts for 8; at 0.5, 8 to 9."""
+    The same streams: mean ARI 0.69 at 0, 0.76 at 0.5."""
 
     answer_weight: float = 0.5
     """The answer sketch's part in the similarity of two rows that both have one, in [0, 1]."""
@@ -236,7 +236,8 @@ class OnlineClusters:
         return float((similarity.sum() - np.trace(similarity)) / (len(firsts) * (len(firsts) - 1)))
 
     def readiness(self, cluster_id: str, min_rows: int) -> Readiness:
-        """Whether the cluster may become an expert. Repeats of one text count once, rows of a flood not at all.
+        """Whether the cluster may become an expert. Repeats of one text count once, rows of a flood not at all;
+        a cluster that is mostly a flood is not ready.
 
         Fewer distinct rows than `min_rows` are enough where that many records came and most texts came again. A
         cluster that looks like an expert's, and of which time has not told, waits for twice as many rows.

@@ -1,6 +1,6 @@
 """One pass over the waiting rows: tight groups of alike rows, merged with one another or into an expert.
 
-What one source sends is often a few templates that look nothing alike (8 log systems: ARI 0.72 at best by similarity,
+What one source sends is often a few templates that look nothing alike (8 log systems: ARI 0.73 at best by similarity,
 whatever the feature or threshold), so groups of alike rows are merged by whether they come together as well.
 """
 

@@ -111,6 +111,21 @@ def test_a_flood_amid_ordinary_traffic_is_never_ready() -> None:
             assert not any(clusters.readiness(name, 32).is_ready for name in clusters.clusters)
 
 
+def test_a_cluster_that_is_mostly_a_flood_is_not_ready() -> None:
+    """Also where rows enough came at their own pace."""
+    rng = np.random.default_rng(15)
+    rows = skill(rng, "a", 240, scatter=0.4)
+    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
+    for number, (_, row_id, features, sketch) in enumerate(rows[:70]):
+        clusters.place(row_id, features, sketch, 1000 * number)
+    (name,) = clusters.clusters
+    assert clusters.readiness(name, 64).is_ready
+    for number, (_, row_id, features, sketch) in enumerate(rows[70:]):
+        clusters.place(row_id, features, sketch, 35_000 + 2 * number)
+    (name,) = clusters.clusters
+    assert clusters.readiness(name, 64).reason == "flood"
+
+
 def skill_of_templates(rng: np.random.Generator, name: str, rows: int, templates: int = 3) -> list[Row]:
     """Rows of kinds that look nothing alike, in random order."""
     parts = [skill(rng, f"{name}{number}", rows // templates, scatter=0.3) for number in range(templates)]
