@@ -106,14 +106,18 @@ class Curator:
         return changes
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
-        """Rows of one tenant to the expert that knows them, or to the waiting room."""
+        """Rows of one tenant to the expert that knows them, or to the waiting room.
+
+        A row whose input looks known and whose answer was wrong waits as well: with its right answer sketched, it is
+        asked about again. By inputs alone an expert of unlike rows takes in what is new, and grows by it.
+        """
         matches = self._knowledge.match(tenant, np.stack([sample.features for sample in samples]))
         served = {version.expert_id for version in self.registry.experts}
         for sample, match in zip(samples, matches, strict=True):
             row = row_of(sample)
             if sample.is_correct and sample.expert in served:
                 row = replace(row, state=RowState.ASSIGNED, expert_id=sample.expert)
-            elif not match.is_novel:
+            elif not match.is_novel and sample.is_correct is not False:
                 row = replace(row, state=RowState.ASSIGNED, expert_id=match.nearest)
             elif sample.output is None:
                 row = replace(row, state=RowState.UNLABELLED)

@@ -53,7 +53,7 @@ class Played:
     owners: tuple[str | None, ...]
     """The expert that has each record at the end."""
     was_known: tuple[bool, ...]
-    """Whether an expert knew it when it came."""
+    """Whether an expert knew it when it was first asked about with all that was known of it."""
     finished: tuple[tuple[int, Finished], ...]
     experts: tuple[str, ...]
     """Live at the end."""
@@ -64,7 +64,7 @@ class Played:
 
 
 class WatchedLedger(MemoryLedger):
-    """Keeps every row's first and last state within reach."""
+    """Keeps every row's last state within reach, and the first that says whose it is or that it is nobody's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +75,9 @@ class WatchedLedger(MemoryLedger):
         """See the port."""
         super().commit(changes)
         for position, row in changes.rows.items():
-            self.first.setdefault(position, row.state)
             self.last[position] = row
+            if row.state is not RowState.WAITING:
+                self.first.setdefault(position, row.state)
 
 
 class Quiet:
@@ -189,7 +190,7 @@ def play(learner: StreamLearner, script: Script, tell: Tell) -> Played:
     positions = [str(Position(TOPIC, 0, number)) for number in range(len(script))]
     return Played(
         owners=learner.owners(len(script)),
-        was_known=tuple(learner.ledger.first[position] is RowState.ASSIGNED for position in positions),
+        was_known=tuple(learner.ledger.first.get(position) is RowState.ASSIGNED for position in positions),
         finished=tuple(finished),
         experts=tuple(version.expert_id for version in learner.curator.registry.experts),
         numbers={position: number for number, position in enumerate(positions)},
