@@ -16,10 +16,10 @@ from torch import Tensor
 from dylora_stream.core.routing import Routing, RoutingConfig
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.config import PoolConfig
+from dylora_stream.model.features import row_size
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
 from dylora_stream.model.gates.hybrid import HybridGate
 from dylora_stream.model.live import LiveExperts, LoadedExpert
-from dylora_stream.model.mixture import Pool
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.router import RouterParts
 from dylora_stream.model.router_training import RouterLesson, RouterTraining, train_router
@@ -55,7 +55,7 @@ class NetworkedGate(Untrained):
             stage.backbone, PoolConfig(slots=len(stage.slots), rank=stage.pool.rank), self._parts
         )
         try:
-            live.install([_loaded(stage.pool, slot, name, lesson) for name, slot in stage.slots.items()])
+            live.install([_loaded(stage, name, lesson) for name in stage.slots])
             exemplars = {name: memory.rows for name, memory in lesson.memory.items()}
             told = RouterLesson(expert_id=lesson.expert_id, exemplars=exemplars, seed=lesson.seed)
             self._network = train_router(live, self._network, told, self._config, RouterTraining()).network
@@ -83,14 +83,17 @@ class NetworkedGate(Untrained):
         self._network = network
 
 
-def _loaded(pool: Pool, slot: int, name: str, lesson: Lesson) -> LoadedExpert:
-    """An expert as it stands in its slot."""
+def _loaded(stage: Stage, name: str, lesson: Lesson) -> LoadedExpert:
+    """An expert as it stands in its slot. Of its feature rows, the stem part: novelty is not asked here."""
+    slot, pool = stage.slots[name], stage.pool
     blocks = {layer: pool.blocks(slot, layer) for layer in pool.shapes}
     tensors = {layer: (a.float().cpu(), b.float().cpu()) for layer, (a, b) in blocks.items()}
+    features = lesson.memory[name].features
+    rest = row_size(stage.backbone) - features.shape[1]
     return LoadedExpert(
         expert_id=name,
         version=1,
         adapter=Adapter(rank=pool.rank, tensors=tensors),
-        features=lesson.memory[name].features,
+        features=np.pad(features, ((0, 0), (0, rest))),
         is_mature=True,
     )
