@@ -147,16 +147,24 @@ class _PerExpert(_Method):
         return np.asarray(np.min(each, axis=0))
 
 
-# Relative Mahalanobis (2106.09022): the tied distance less the distance to one Gaussian over all rows.
+# Relative Mahalanobis (2106.09022): the tied distance less the distance to one Gaussian over all rows. That one's
+# covariance is the within-expert one, here the identity, plus that of the experts' means: with a shrinkage of its own,
+# distances differ most where rows are new, and the score turns round (AUROC 0.11 on bare). (I + MᵀM)⁻¹ by Woodbury.
 
 
 class _Relative(_Tied):
     def learn(self, parts: Sequence[np.ndarray], tools: tuple[Any, ...]) -> None:
         super().learn(parts, tools)
-        self._all = Whitening.fit([Moments.of(np.concatenate(parts))])
+        shares = np.array([len(part) for part in parts]) / sum(len(part) for part in parts)
+        self._middle = shares @ self._means
+        self._between = np.sqrt(shares)[:, None] * (self._means - self._middle)  # M: (E, d)
+        self._inner = np.linalg.inv(np.eye(len(parts)) + self._between @ self._between.T)
 
     def distances(self, rows: np.ndarray) -> np.ndarray:
-        return np.asarray(super().distances(rows) - (self._all(rows) ** 2).sum(axis=1))
+        deviations = rows - self._middle
+        along = deviations @ self._between.T  # (n, E)
+        to_all = (deviations**2).sum(axis=1) - np.einsum("ne,ef,nf->n", along, self._inner, along)
+        return np.asarray(super().distances(rows) - to_all)
 
 
 # Mahalanobis++ (2505.18032): the tied distance between rows of length 1 (ours: after whitening, which is where stem
