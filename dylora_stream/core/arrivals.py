@@ -23,32 +23,39 @@ BURSTY_SHARE, BURSTY_DEVIATIONS = (
     3.0,
 )  # excess over mixing from which a group is said to come in a burst
 TOGETHER, APART = 0.5, 0.25  # correlations of one source, and of two
+AMID = 0.25  # share of the rarer order among pairs of neighbours, from which neither group only follows the other
 FLOOD_ROWS = 16  # rows of one kind within one ordinary interval between records
 
 
 @dataclass(slots=True)
 class Together:
-    """Pairs of neighbours between groups, found and expected: (g, g) float64 each, symmetric. Sums under merging."""
+    """Pairs of neighbours between groups, (g, g) float64 each: `before`, found with the line's group first; `expected`,
+    in either order. Sums under merging."""
 
-    found: np.ndarray
+    before: np.ndarray
     expected: np.ndarray
 
     def merge(self, into: int, other: int) -> None:
         """Group `other` is a part of `into` from now on; its own line and column lose their meaning."""
-        for table in (self.found, self.expected):
+        for table in (self.before, self.expected):
             table[into] += table[other]
             table[:, into] += table[:, other]
 
     def verdicts(self, group: int) -> np.ndarray:
         """(g,) int64: 1 comes together with this group, -1 comes apart from it, 0 the timeline cannot say."""
         expected = np.diag(self.expected)
-        excess = np.maximum(np.diag(self.found) - expected, 0.0)
+        excess = np.maximum(2.0 * np.diag(self.before) - expected, 0.0)
         least = np.maximum(BURSTY_SHARE * expected, BURSTY_DEVIATIONS * np.sqrt(2.0 * expected + 1.0))
         is_bursty = excess >= least
-        between = self.found[group] - self.expected[group]
+        between = self.before[group] + self.before[:, group] - self.expected[group]
         correlation = between / (np.sqrt(excess * excess[group]) + SHRINKAGE)
         verdict = np.where(correlation >= TOGETHER, 1, np.where(correlation <= APART, -1, 0))
         return np.where(is_bursty & is_bursty[group], verdict, 0)
+
+    def is_amid(self, group: int) -> np.ndarray:
+        """(g,) bool: neighbours of this group come both before and after it, as what begins right after them cannot."""
+        earlier, later = self.before[:, group], self.before[group]
+        return np.asarray(np.minimum(earlier, later) >= AMID * (earlier + later))
 
 
 class Timeline:
@@ -87,16 +94,16 @@ class Timeline:
         mine = [groups.get(row_id, owner) for (row_id, _), owner in zip(ordered, whose, strict=True)]
         labels = np.array(mine, dtype=np.int64)
         total = len(labels)
-        member = np.zeros((total, count), dtype=np.float32)
+        before = np.zeros((count, count))
+        for step in range(1, min(NEIGHBOURS, total - 1) + 1):
+            first, second = labels[:-step], labels[step:]
+            is_known = (first >= 0) & (second >= 0)
+            np.add.at(before, (first[is_known], second[is_known]), 1.0)
         known = np.flatnonzero(labels >= 0)
-        member[known, labels[known]] = 1.0
-        sums = np.concatenate([np.zeros((1, count)), np.cumsum(member, axis=0, dtype=np.float64)])
-        lines = np.arange(total)
-        low, high = np.maximum(lines - NEIGHBOURS, 0), np.minimum(lines + NEIGHBOURS + 1, total)
-        near = (sums[high] - sums[low] - member).astype(np.float32)
-        found = (member.T @ near).astype(np.float64)
-        expected = np.outer(member.T @ (high - low - 1), member.sum(axis=0) / max(total - 1, 1))
-        return Together((found + found.T) / 2.0, (expected + expected.T) / 2.0)
+        near = np.minimum(known, NEIGHBOURS) + np.minimum(total - 1 - known, NEIGHBOURS)
+        sizes = np.bincount(labels[known], minlength=count)
+        expected = np.outer(np.bincount(labels[known], near, count), sizes / max(total - 1, 1))
+        return Together(before, (expected + expected.T) / 2.0)
 
 
 def floods(times_ms: np.ndarray, groups: np.ndarray, interval_ms: float) -> np.ndarray:

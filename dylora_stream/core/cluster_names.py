@@ -8,8 +8,10 @@ from itertools import chain, count
 __all__ = ["cluster_names", "digest", "heir", "new_id"]
 
 
-def cluster_names(labels: Sequence[int], before: Sequence[str], row_ids: Sequence[str]) -> dict[int, str]:
-    """A cluster id for each label: the old one of largest overlap, each given once; else a new one."""
+def cluster_names(
+    labels: Sequence[int], before: Sequence[str], row_ids: Sequence[str], used: Iterable[str] = ()
+) -> dict[int, str]:
+    """A cluster id for each label: the old one of largest overlap, each given once; else a new one, none of `used`."""
     overlaps = Counter(zip(labels, before, strict=True))
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -19,7 +21,7 @@ def cluster_names(labels: Sequence[int], before: Sequence[str], row_ids: Sequenc
             taken.add(old)
     for label in sorted(set(labels) - set(names)):
         rows = [row_id for row_id, other in zip(row_ids, labels, strict=True) if other == label]
-        names[label] = new_id(rows, {*before, *taken})
+        names[label] = new_id(rows, {*before, *taken, *used})
         taken.add(names[label])
     return names
 

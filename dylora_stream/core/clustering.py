@@ -19,12 +19,12 @@ Repeats of a text stand behind their first row. The newest `COMPARED` first rows
 their cluster. Features are kept by reference; a compared row costs two copies of its leading blocks (4.4 KB at
 576 + 512 numbers), any other one some 400 bytes beside the caller's own array.
 
-Invariant: a row is in exactly one cluster; a cluster has at least one row; an id is never given to another cluster
-while its own has rows.
+Invariant: a row is in exactly one cluster; a cluster has at least one row; an id that is in use, here or with the
+caller, is never given to another cluster.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,8 +145,11 @@ class Readiness:
 class OnlineClusters:
     """The waiting rows of one tenant, by cluster, and what stands for its experts."""
 
-    def __init__(self, config: ClusteringConfig, prior: Reference | None = None) -> None:
-        self._config, self._prior = config, prior
+    def __init__(
+        self, config: ClusteringConfig, prior: Reference | None = None, used: Collection[str] = ()
+    ) -> None:
+        """`used`: cluster ids that a new cluster must not get, read whenever one is founded."""
+        self._config, self._prior, self._used = config, prior, used
         self._rules = MergeRules(config.join_similarity, config.kinship, config.together)
         self._rows: dict[str, WaitingRow] = {}  # in order of arrival
         self._compared: list[str] = []  # row ids of the lines of the tables below
@@ -175,15 +178,14 @@ class OnlineClusters:
             return Placement(cluster_id=self._rows[row_id].cluster_id, created=False)
         row, likenesses = self._append(row_id, features, sketch, time_ms)
         home = self._rows[row.twin].cluster_id if row.twin else self._most_alike(likenesses)
-        row.cluster_id = home or new_id([row_id], {other.cluster_id for other in self._rows.values()})
+        row.cluster_id = home or new_id([row_id], {*self._used, *self.clusters})
         return Placement(cluster_id=row.cluster_id, created=home is None)
 
     def restore(
         self, row_id: str, features: np.ndarray, sketch: np.ndarray | None, time_ms: int, cluster_id: str
     ) -> None:
         """Take back a stored row that was placed in an earlier run; in the order in which rows were placed."""
-        row, _ = self._append(row_id, features, sketch, time_ms)
-        row.cluster_id = cluster_id
+        self._append(row_id, features, sketch, time_ms, cluster_id)
 
     def witness(
         self, row_id: str, features: np.ndarray, sketch: np.ndarray | None, time_ms: int, owner: str
@@ -207,7 +209,7 @@ class OnlineClusters:
             [result.labels[row_id] for row_id in ids],
             [self._rows[row_id].cluster_id for row_id in ids],
         )
-        names = cluster_names(labels, before, ids)
+        names = cluster_names(labels, before, ids, self._used)
         after = [names[label] for label in labels]
         for row_id, name in zip(ids, after, strict=True):
             self._rows[row_id].cluster_id = name
@@ -286,10 +288,15 @@ class OnlineClusters:
     # --- one row --------------------------------------------------------------------------------------------------
 
     def _append(
-        self, row_id: str, features: np.ndarray, sketch: np.ndarray | None, time_ms: int
+        self,
+        row_id: str,
+        features: np.ndarray,
+        sketch: np.ndarray | None,
+        time_ms: int,
+        cluster_id: str = "",
     ) -> tuple[WaitingRow, np.ndarray]:
         """The row, its twin found, and its similarity (n,) to the rows that are compared."""
-        row = WaitingRow.of(features, sketch, time_ms, "")
+        row = WaitingRow.of(features, sketch, time_ms, cluster_id)
         self._rows[row_id] = row
         self._timeline.note(row_id, time_ms)
         if self._is_stale or len(self._compared) > GROWTH * self._centred_at:
@@ -316,7 +323,7 @@ class OnlineClusters:
     def _compare(self, row_id: str, row: WaitingRow) -> None:
         """The row is compared with those to come."""
         width = self._answers.rows.shape[1]
-        if self._centre is None or (row.sketch is not None and not width):
+        if self._centre is None or not self._compared or (row.sketch is not None and not width):
             self._recentre()
             return
         self._compared.append(row_id)
@@ -342,7 +349,10 @@ class OnlineClusters:
         self._is_stale = False
         self._compared, self._centred_at = firsts[-COMPARED:], min(len(firsts), COMPARED)
         rows = [self._rows[row_id] for row_id in self._compared]
-        residents = [row for mine in self._residents.values() for row in mine.values()]
+        owners = sorted(self._residents)
+        residents = [
+            self._residents[owner][key] for owner in owners for key in sorted(self._residents[owner])
+        ]
         if not rows and not residents:
             self._centre = None
             return

@@ -86,8 +86,14 @@ class Groups:
         return np.where(pairs > 0, self._pairs / np.maximum(pairs, 1.0), 1.0)
 
     def verdicts(self, group: int) -> np.ndarray:
-        """(g,) what the timeline says of this group and the others; it says nothing of groups of few rows."""
+        """(g,) what the timeline says of this group and the others; it says nothing of groups of few rows.
+
+        Nor does it say that a group is an expert's which only follows the expert's rows: so does every new skill, and
+        joining is for good.
+        """
         told = np.where(self.sizes >= FEWEST_ROWS, self.together.verdicts(group), 0)
+        follows = (self.is_fixed != self.is_fixed[group]) & ~self.together.is_amid(group)
+        told[follows & (told > 0)] = 0
         return told if self.sizes[group] >= FEWEST_ROWS else np.zeros_like(told)
 
     def scores(self, group: int, rules: MergeRules) -> np.ndarray:

@@ -17,7 +17,6 @@ from dylora_stream.core.messages import Feedback, Sample
 __all__ = ["CLOSED", "Buffers", "Moved", "row_of"]
 
 CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
-ENDED = (ClusterState.MERGED, ClusterState.LEARNED)  # an id that may be used again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,14 @@ class Buffers:
         return sorted(found, key=lambda row: (row.time_ms, row.position))
 
     def is_ready(self, cluster: ClusterRecord) -> bool:
-        """Whether its rows may become an expert: distinct ones enough, alike, not a flood."""
+        """Whether its rows may become an expert: distinct ones enough, alike, not a flood.
+
+        Texts are counted as well: one that comes with ever other answers, or looks a little different in each batch,
+        is several rows to the clusters and one to a trial.
+        """
+        texts = {row.input for row in self.members(cluster.cluster_id) if row.output is not None}
+        if len(texts) < min(cluster.rows_wanted, self._config.saturated_rows):
+            return False
         return self._of(cluster.tenant).readiness(cluster.cluster_id, cluster.rows_wanted).is_ready
 
     def put(self, row: LedgerRow, changes: Changes) -> None:
@@ -106,7 +112,11 @@ class Buffers:
             if row.state is not RowState.SETTLED and row.cluster_id is not None:
                 left[row.cluster_id] = expert_id
             self.assign(row, expert_id, changes)
-        ended = [(name, expert_id) for name, expert_id in left.items() if not self.members(name)]
+        ended = [
+            (name, expert_id)
+            for name, expert_id in left.items()
+            if self.clusters[name].state is not ClusterState.MERGED and not self.members(name)
+        ]
         for name, expert_id in ended:
             learned = replace(self.clusters[name], state=ClusterState.LEARNED, expert_id=expert_id)
             self.put_cluster(learned, changes)
@@ -134,7 +144,7 @@ class Buffers:
         if members:
             self._of(members[0].tenant).forget([row.position for row in members])
         for row in members:
-            self._of(row.tenant).restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
+            self._restore(row, cluster_id)
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """The row that a late answer is for, by position or by the request's id."""
@@ -143,8 +153,13 @@ class Buffers:
         mine = (row for row in self.rows.values() if (row.request_id, row.tenant) == (late.id, late.tenant))
         return next(mine, None)
 
-    def expire(self, before_ms: int, changes: Changes) -> None:
-        """Give up clusters whose newest row is older than that, by record time."""
+    def expire(self, after_ms: int, now_ms: int, changes: Changes) -> None:
+        """Give up clusters without a new row for so long, by record time: an old stream that is read late is not old.
+
+        No record is from later than `now_ms`, whatever its sender's clock says.
+        """
+        newest_ms = max((row.time_ms for row in self.rows.values()), default=now_ms)
+        before_ms = min(newest_ms, now_ms) - after_ms
         for online in self._online.values():
             for position in online.expired(before_ms):
                 self.put(replace(self.rows[position], state=RowState.SETTLED), changes)
@@ -176,9 +191,8 @@ class Buffers:
         return RowState.SETTLED if self.clusters[cluster_id].state in CLOSED else RowState.CLUSTERED
 
     def _found(self, cluster_id: str, row: LedgerRow, changes: Changes) -> tuple[ClusterRecord, ...]:
-        """The record of a cluster that has none in use."""
-        known = self.clusters.get(cluster_id)
-        if known is not None and known.state not in ENDED:
+        """The record of a cluster that has none."""
+        if cluster_id in self.clusters:
             return ()
         cluster = ClusterRecord(
             cluster_id=cluster_id,
@@ -192,12 +206,22 @@ class Buffers:
         return (cluster,)
 
     def _bring_all_back(self) -> None:
-        """Every row in its place: those of experts, and those that wait."""
+        """Every row in its place: those of experts, and those that wait, in the order in which they came.
+
+        Rows in training are taken out again, so that the timeline has them; rows that were given up stay away.
+        """
         for row in self.in_state(RowState.ASSIGNED):
             self._witness(row)
+        kept = [*self.in_state(RowState.CLUSTERED), *self.in_state(RowState.SETTLED)]
+        for row in sorted(kept, key=lambda row: (row.time_ms, row.position)):
+            if row.cluster_id is not None and row.state is self._state_in(row.cluster_id):
+                self._restore(row, row.cluster_id)
         for cluster in self.clusters.values():
-            if cluster.state is not ClusterState.TRAINING:
-                self.bring_back(cluster.cluster_id)
+            if cluster.state is ClusterState.TRAINING:
+                self.take_out(cluster.cluster_id, cluster.tenant)
+
+    def _restore(self, row: LedgerRow, cluster_id: str) -> None:
+        self._of(row.tenant).restore(row.position, row.features, row.sketch, row.time_ms, cluster_id)
 
     def _witness(self, row: LedgerRow) -> None:
         """An expert has the row: what new rows are told apart from."""
@@ -206,7 +230,7 @@ class Buffers:
 
     def _of(self, tenant: str) -> OnlineClusters:
         if tenant not in self._online:
-            self._online[tenant] = OnlineClusters(self._config, self._reference)
+            self._online[tenant] = OnlineClusters(self._config, self._reference, self.clusters.keys())
         return self._online[tenant]
 
 

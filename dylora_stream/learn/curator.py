@@ -255,7 +255,7 @@ class Curator:
         self._reassign(changes)
         for tenant in self._buffers.tenants():
             self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
-        self._buffers.expire(self._clock.now_ms() - self._rules.expire_after_ms, changes)
+        self._buffers.expire(self._rules.expire_after_ms, self._clock.now_ms(), changes)
         return changes
 
     def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dylora_stream.core.arrivals import NEIGHBOURS, Timeline
 from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
 from dylora_stream.core.linkage import average_linkage
 
@@ -168,6 +169,33 @@ def test_rows_that_came_with_an_expert_join_it() -> None:
     assert not len(clusters)
 
 
+@pytest.mark.parametrize("rows_a_pass", [3, 4, 8])
+def test_a_skill_that_begins_right_after_another_does_not_join_it(rows_a_pass: int) -> None:
+    """Its first few rows are all near the expert's last ones; joining is for good, and would go on row by row."""
+    rng = np.random.default_rng(16)
+    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
+    phases = [
+        row for name, rows in (("y", 200), ("z", 200), ("a", 64)) for row in skill(rng, f"e-{name}", rows)
+    ]
+    for number, (owner, row_id, features, sketch) in enumerate(phases):
+        clusters.witness(row_id, features, sketch, 1000 * number, owner)
+    for number, (_, row_id, features, sketch) in enumerate(skill(rng, "b", 40)):
+        clusters.place(row_id, features, sketch, 1000 * (len(phases) + number))
+        if number % rows_a_pass == rows_a_pass - 1:
+            assert not clusters.recluster().joined
+
+
+def test_first_rows_beside_an_expert_need_no_answer() -> None:
+    """An expert's rows are there before any waiting row is."""
+    rng = np.random.default_rng(17)
+    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
+    for number, (_, row_id, features, sketch) in enumerate(skill(rng, "a", 5)):
+        clusters.witness(row_id, features, sketch, number, "e-a")
+    for number, (_, row_id, features, _) in enumerate(skill(rng, "b", 5)):
+        clusters.place(row_id, features, None, 10 + number)
+    assert len(clusters) == 5
+
+
 def test_a_skill_without_new_texts_is_ready_with_fewer() -> None:
     """Thirty texts that come again and again; one of them repeated a thousand times would not do."""
     rows = skill(np.random.default_rng(14), "a", 30, scatter=0.4)
@@ -231,6 +259,37 @@ def test_rows_without_an_answer_are_compared_by_input_alone() -> None:
         clusters.place(row_id, features, sketch if number % 2 else None, number)
     clusters.recluster()
     assert len(clusters.clusters) == 1
+
+
+def test_a_repeat_takes_the_place_of_a_first_row_that_is_gone() -> None:
+    """And later repeats stand behind it."""
+    (_, _, features, sketch) = skill(np.random.default_rng(18), "a", 1)[0]
+    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
+    for number in range(4):
+        clusters.place(f"a-{number}", features, sketch, number)
+    clusters.forget(["a-0", "a-2"])
+    clusters.place("a-4", features, sketch, 4)
+    clusters.recluster()
+    (name,) = clusters.clusters
+    assert clusters.members(name) == ("a-1", "a-3", "a-4")
+    assert clusters.readiness(name, 1).distinct_rows == 1
+
+
+def test_neighbours_on_the_timeline_are_counted_in_their_order() -> None:
+    """Against a loop over all pairs; rows that were left out or that nobody has are no neighbours."""
+    rng = np.random.default_rng(19)
+    timeline, groups = Timeline(), {f"r{number}": int(rng.integers(3)) for number in range(0, 120, 2)}
+    for number in rng.permutation(120).tolist():
+        timeline.note(f"r{number}", 1000 * number, "e" if number % 5 == 1 else None)
+    found = timeline.together(groups, {"e": 3}, 4, {"r4"})
+    sent = [f"r{number}" for number in range(120) if number != 4]
+    labels = [groups.get(row, 3 if int(row[1:]) % 5 == 1 else -1) for row in sent]
+    before = np.zeros((4, 4))
+    for later, label in enumerate(labels):
+        for other in labels[max(0, later - NEIGHBOURS) : later]:
+            if min(label, other) >= 0:
+                before[other, label] += 1
+    assert np.array_equal(found.before, before)
 
 
 def test_average_linkage_equals_merging_by_brute_force() -> None:
