@@ -56,6 +56,7 @@ SAME_ROW = 1.0 - 1e-5  # similarity of copies of one text: bfloat16 moves featur
 GROWTH = 1.1  # the reference is taken anew when this many times the rows were seen
 COMPARED = 2048  # first rows that a pass compares; their similarities take 16 MB
 RESIDENTS = 48  # rows of an expert that stand for it, fewer where experts are many
+LIKES = 3  # rows of a cluster that a row must be like where the cluster as a whole is not alike
 REPEATS = 4  # of one text that count when saturation is judged
 MOST_UNSEEN = 0.3  # Good-Turing share of texts seen once under which a cluster is saturated
 
@@ -86,7 +87,7 @@ class ClusteringConfig:
     fewer: skills of one genre that come at the same time are told apart better."""
 
     min_cohesion: float = 0.1
-    """Average similarity within a cluster that may become an expert."""
+    """Average similarity within a cluster that may become an expert, unless each row is tightly like a few others."""
 
     saturated_rows: int = 24
     """Distinct rows that are enough where the cluster has the wanted number of records and new texts have become
@@ -230,12 +231,17 @@ class OnlineClusters:
 
     def cohesion(self, cluster_id: str) -> float:
         """Average similarity of two of its distinct rows, 1.0 for a single one."""
+        return self._cohesion(cluster_id)[0]
+
+    def _cohesion(self, cluster_id: str) -> tuple[float, float]:
+        """That, and a row's average similarity to the `LIKES` most like it: templates of one source have their like."""
         rows = [self._rows[row_id] for row_id in self.members(cluster_id)]
         firsts = [row for row in rows if row.twin is None][-RESIDENTS * 4 :]
         if len(firsts) < 2:
-            return 1.0
+            return 1.0, 1.0
         similarity = self._similarity(firsts)
-        return float((similarity.sum() - np.trace(similarity)) / (len(firsts) * (len(firsts) - 1)))
+        others = similarity[~np.eye(len(firsts), dtype=bool)].reshape(len(firsts), -1)
+        return float(others.mean()), float(np.sort(others, axis=1)[:, -LIKES:].mean())
 
     def readiness(self, cluster_id: str, min_rows: int) -> Readiness:
         """Whether the cluster may become an expert. Repeats of one text count once, rows of a flood not at all;
@@ -248,7 +254,7 @@ class OnlineClusters:
         firsts = [row_id for row_id, row in rows.items() if row.twin is None]
         times = np.array([rows[row_id].time_ms for row_id in firsts], dtype=np.int64)
         is_flood = floods(times, np.zeros_like(times), self._timeline.interval_ms())
-        distinct, cohesion = len(firsts) - int(is_flood.sum()), self.cohesion(cluster_id)
+        distinct, (cohesion, to_likes) = len(firsts) - int(is_flood.sum()), self._cohesion(cluster_id)
         is_saturated = (
             len(rows) >= min_rows and distinct >= self._config.saturated_rows and _is_saturated(rows)
         )
@@ -256,7 +262,7 @@ class OnlineClusters:
             reason = "flood"
         elif distinct < min_rows and not is_saturated:
             reason = "flood" if is_flood.any() else "repeats" if len(rows) >= min_rows else "too_few_rows"
-        elif cohesion < self._config.min_cohesion:
+        elif cohesion < self._config.min_cohesion and to_likes < self._config.tight_similarity:
             reason = "scattered"
         elif np.ptp(times) < self._config.min_span_ms:
             reason = "flood"
@@ -288,12 +294,7 @@ class OnlineClusters:
     # --- one row --------------------------------------------------------------------------------------------------
 
     def _append(
-        self,
-        row_id: str,
-        features: np.ndarray,
-        sketch: np.ndarray | None,
-        time_ms: int,
-        cluster_id: str = "",
+        self, row_id: str, features: np.ndarray, sketch: np.ndarray | None, time_ms: int, cluster_id: str = ""
     ) -> tuple[WaitingRow, np.ndarray]:
         """The row, its twin found, and its similarity (n,) to the rows that are compared."""
         row = WaitingRow.of(features, sketch, time_ms, cluster_id)

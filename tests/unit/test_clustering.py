@@ -147,6 +147,21 @@ def test_templates_that_come_together_are_one_cluster() -> None:
     assert [len(members) for members in clusters.clusters.values()] == [len(second)]
 
 
+def test_a_source_of_many_templates_is_ready_however_unlike_they_are() -> None:
+    """A cluster that time has made one is not scattered: each of its rows has its like."""
+    rng = np.random.default_rng(13)
+    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
+    known = [row for name in "xyz" for row in skill(rng, f"e-{name}", 120, scatter=0.4)]
+    for number, (owner, row_id, features, sketch) in enumerate(known):
+        clusters.witness(row_id, features, sketch, 1000 * number, owner)
+    for number, (_, row_id, features, sketch) in enumerate(skill_of_templates(rng, "b", 120, 12)):
+        clusters.place(row_id, features, sketch, 1000 * (len(known) + number))
+    clusters.recluster()
+    (name,) = clusters.clusters
+    assert clusters.cohesion(name) < ClusteringConfig().min_cohesion
+    assert clusters.readiness(name, 64).reason == "ready"
+
+
 def test_templates_that_come_all_the_time_stay_apart() -> None:
     """The same rows as the only traffic there is: time says nothing, looks decide."""
     clusters = OnlineClusters(ClusteringConfig(), PRIOR)
