@@ -106,11 +106,7 @@ class Curator:
         return changes
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
-        """Rows of one tenant to the expert that knows them, or to the waiting room.
-
-        A row whose input looks known and whose answer was wrong waits as well: with its right answer sketched, it is
-        asked about again. By inputs alone an expert of unlike rows takes in what is new, and grows by it.
-        """
+        """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""
         matches = self._knowledge.match(tenant, np.stack([sample.features for sample in samples]))
         served = {version.expert_id for version in self.registry.experts}
         for sample, match in zip(samples, matches, strict=True):

@@ -63,6 +63,8 @@ class Knowledge:
 
         answers: an answer row (A,) or None for each, or nothing at all. A right answer tells more than the input: rows
         that read alike and are to be answered differently are told apart by it alone.
+        Rows whose input looks known but whose answer was wrong are asked about again with it: by inputs alone an expert
+        of unlike rows takes in what is new, and grows by it.
         """
         allowed = np.array([statistics.tenant == tenant for statistics in self._statistics])
         if self._scorer is None or not allowed.any():
