@@ -66,8 +66,8 @@ def supervising(*programs: str, deadline_s: float = 20.0) -> "Iterator[subproces
             process.kill()
 
 
-def lines(process: "subprocess.Popen[str]", word: str, count: int) -> list[str]:
-    """The next lines of a role, the supervisor's own log and other roles passed over."""
+def lines(process: "subprocess.Popen[str]", word: str | tuple[str, ...], count: int) -> list[str]:
+    """The next lines that begin so, the supervisor's own log and other roles passed over."""
     assert process.stdout is not None
     found: list[str] = []
     while len(found) < count:
@@ -131,7 +131,7 @@ def test_a_role_that_does_not_drain_is_killed_at_the_deadline() -> None:
 def test_a_second_signal_skips_the_waiting() -> None:
     """Ctrl-C twice ends at once what would have had minutes."""
     with supervising(STUBBORN, STEADY, deadline_s=600.0) as process:
-        lines(process, "stubborn", 1)
+        lines(process, ("stubborn started", "steady started"), 2)
         process.send_signal(signal.SIGTERM)
         lines(process, "steady drained", 1)
         process.send_signal(signal.SIGTERM)
