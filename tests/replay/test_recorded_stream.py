@@ -181,7 +181,11 @@ def test_the_backbone_s_weights_are_the_same_bytes(played: Played) -> None:
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's, of transformers
 def test_the_exported_expert_gives_the_same_logits_under_plain_peft(played: Played, model: Path) -> None:
-    """PeftModel.from_pretrained on the exported folder against the pool with a one-hot gate, float32, within 1e-4."""
+    """PeftModel.from_pretrained on the exported folder against the pool with a one-hot gate, float32, within 1e-4.
+
+    Of a logit's size, or absolutely where it is small: how sums round depends on the machine's instructions, and a
+    logit of 20 has been seen to differ by 1.0e-4.
+    """
     torch.set_num_threads(1)
     backbone = load_backbone(ModelConfig(dtype="float32", stem_layers=8, threads=1), model)
     tokens = backbone.encode([row["input"] for row in played.rows[FIRST : FIRST + 4]])
@@ -197,5 +201,5 @@ def test_the_exported_expert_gives_the_same_logits_under_plain_peft(played: Play
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(plain, played.exported).eval()(**tokens.inputs()).logits
     real = tokens.attention_mask.bool()
-    assert (ours - theirs)[real].abs().max() < 1e-4
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
     assert (ours - alone)[real].abs().max() > 1e-2
