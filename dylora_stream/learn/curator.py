@@ -32,6 +32,7 @@ from dylora_stream.core.ledger import (
 from dylora_stream.core.messages import Feedback, Sample, SampleReason
 from dylora_stream.core.ports import Clock, Codec, Partition
 from dylora_stream.learn.buffers import Buffers, Moved, row_of
+from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
 from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, TrackRecord, newest_distinct
 
@@ -113,7 +114,7 @@ class Curator:
             row = row_of(sample)
             if sample.is_correct and sample.expert in served:
                 row = replace(row, state=RowState.ASSIGNED, expert_id=sample.expert)
-            elif not match.is_novel and sample.is_correct is not False:
+            elif self._knowledge.is_known(match) and sample.is_correct is not False:
                 row = replace(row, state=RowState.ASSIGNED, expert_id=match.nearest)
             elif sample.output is None:
                 row = replace(row, state=RowState.UNLABELLED)
@@ -348,7 +349,7 @@ class Curator:
     # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _reassign(self, changes: Changes) -> None:
-        """Waiting rows that the newest experts know are theirs."""
+        """Waiting rows that the newest experts may claim are theirs."""
         clusters = self._buffers.clusters.items()
         training = {key for key, cluster in clusters if cluster.state is ClusterState.TRAINING}
         waiting = [
@@ -361,9 +362,8 @@ class Curator:
             rows = [row for row in waiting if row.tenant == tenant]
             features = np.stack([row.features for row in rows])
             matches = self._knowledge.match(tenant, features, [row.sketch for row in rows])
-            for row, match in zip(rows, matches, strict=True):
-                if match.nearest is not None and not match.is_novel:
-                    self._buffers.assign(row, match.nearest, changes)
+            for position, expert_id in claims(rows, matches, self._knowledge).items():
+                self._buffers.assign(self._buffers.rows[position], expert_id, changes)
 
     def _publish(self, registry: Registry, expert_ids: Sequence[str], changes: Changes) -> None:
         """Manifests first, the registry last: whoever reads the registry finds what it names."""

@@ -22,10 +22,10 @@ LoadStatistics = Callable[[ExpertVersion], ExpertStatistics]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The nearest expert of a row, and whether the row is novel to all of them."""
+    """The nearest expert of a row, None without one, and the row's p-value, nan where nothing is calibrated."""
 
     nearest: str | None
-    is_novel: bool
+    p_value: float
 
 
 class Knowledge:
@@ -59,23 +59,40 @@ class Knowledge:
     def match(
         self, tenant: str, features: np.ndarray, answers: Sequence[np.ndarray | None] = ()
     ) -> list[Match]:
-        """features: (n, D) float32 of one tenant's rows → one match a row; all novel while nothing is known.
+        """features: (n, D) float32 of one tenant's rows → one match a row; nobody is near while nothing is known.
 
         answers: an answer row (A,) or None for each, or nothing at all. A right answer tells more than the input: rows
         that read alike and are to be answered differently are told apart by it alone.
         Rows whose input looks known but whose answer was wrong are asked about again with it: by inputs alone an expert
-        of unlike rows takes in what is new, and grows by it.
+        of unlike rows takes in what is new, and grows by it. With an answer the smaller of both p-values counts, so
+        that a new row is taken for known only where input and answer say so (and a known one for new at most twice as
+        often as promised; it waits and comes back with its like).
         """
         allowed = np.array([statistics.tenant == tenant for statistics in self._statistics])
         if self._scorer is None or not allowed.any():
-            return [Match(None, True)] * len(features)
+            return [Match(None, float("nan"))] * len(features)
         everyone = np.tile(allowed, (len(features), 1))
-        scores = self._scorer.score(features, everyone, _stacked(answers))
+        scores, p_values = self._scorer.score(features, everyone), []
+        p_values.append(scores.p_value)
+        stacked = _stacked(answers)
+        if stacked is not None:
+            scores = self._scorer.score(features, everyone, stacked)
+            p_values.append(scores.p_value)
         nearest: Sequence[int] = scores.nearest.tolist()
         return [
-            Match(self._statistics[expert].expert_id, bool(novel) or not np.isfinite(p_value))
-            for expert, novel, p_value in zip(nearest, scores.is_novel, scores.p_value, strict=True)
+            Match(self._statistics[expert].expert_id, p_value)
+            for expert, p_value in zip(nearest, np.min(p_values, axis=0).tolist(), strict=True)
         ]
+
+    @property
+    def known_share(self) -> float:
+        """Of an expert's own rows with answers, how many are called known at least: novel by input or by both, each
+        as often as promised."""
+        return 1.0 - 2.0 * self._config.alpha
+
+    def is_known(self, match: Match) -> bool:
+        """Whether the row is the nearest expert's."""
+        return match.nearest is not None and match.p_value > self._config.alpha
 
 
 def _stacked(answers: Sequence[np.ndarray | None]) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.core.ports import JobUpdate
 from dylora_stream.core.statistics import ExpertStatistics, separation
 
-__all__ = ["Finished", "StreamChild"]
+__all__ = ["Finished", "StreamChild", "by_heart"]
 
 Train = Callable[[Path], Path]
 """Does the job in a folder as the daemon's child does; its result folder."""
@@ -48,6 +48,7 @@ class StreamChild:
         self._train = train
         self._updates: list[JobUpdate] = []
         self.submitted = 0
+        self.taught: dict[str, ReadRows] = {}  # by expert, what its newest version was made of
         self.finished: list[Finished] = []
 
     def submit(self, folder: Path) -> None:
@@ -80,6 +81,8 @@ class StreamChild:
             return _written(folder / "result", "sketches.safetensors", own, {"rows": len(rows)})
         result = self._train(folder) if self._train is not None else self._found(folder, spec, own)
         report = json.loads((result / "report.json").read_text(encoding="utf-8"))
+        if report["decision"] == "promoted":
+            self.taught[spec["expert_id"]] = own
         self.finished.append(
             Finished(
                 kind=spec["kind"],
@@ -111,6 +114,12 @@ class StreamChild:
             ExpertStatistics(expert_id=expert["expert_id"], rows=table["features"][:, : self._routed])
             for expert, table in zip(experts, tables, strict=True)
         ]
+
+
+def by_heart(taught: ReadRows, features: np.ndarray, routed: int) -> str:
+    """The answer of the row most alike in the first `routed` numbers of features (D,)."""
+    gaps = np.linalg.norm((taught.features - features)[:, :routed], axis=1)
+    return taught.texts[int(gaps.argmin())].output
 
 
 def _written(folder: Path, name: str, rows: ReadRows, report: Mapping[str, Any]) -> Path:

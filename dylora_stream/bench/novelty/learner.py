@@ -3,6 +3,10 @@
 Broker, ledger and clock are in memory; curator, clusters, novelty, job folders and decisions are the daemon's own.
 Training, where it is asked for, is the daemon's child's: a job that is done already is taken as it is, so that a run
 that was stopped goes on where it was.
+
+Records are answered before anything is learned of them. An expert, trained or not, stands for one that has its rows by
+heart: what it knows it answers as the most alike of them was to be answered, so that it is right and wrong as an expert
+is; what no expert knows gets no answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dylora_stream.bench.continual.workbench import Tell
-from dylora_stream.bench.novelty.child import Finished, StreamChild, Train
+from dylora_stream.bench.novelty.child import Finished, StreamChild, Train, by_heart
 from dylora_stream.bench.novelty.script import Script
 from dylora_stream.bootstrap.parts import faiss_index, router_parts, statistics_loader
 from dylora_stream.core.events import EventType
@@ -106,13 +110,13 @@ class StreamLearner:
         self, settings: Settings, backbone: Backbone, script: Script, folder: Path, train: Train | None
     ) -> None:
         self._script = script
-        self._space = feature_space(backbone)
+        self._space, self._width = feature_space(backbone), backbone.width
         self._clock, self._broker, self.ledger = ManualClock(), MemoryBroker(), WatchedLedger()
         self._codec = WireCodec(source="/dylora/bench")
         self.child = StreamChild(script.rows, settings.check.routing, backbone.width, train)
         folder.mkdir(parents=True, exist_ok=True)
         store = FolderStore(str((folder / "experts").absolute()), folder / "cache")
-        knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
+        self._knowledge = knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
         rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
         self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
@@ -136,10 +140,10 @@ class StreamLearner:
 
     def feed(self, numbers: Sequence[int]) -> None:
         """These records of the script, and every job that they are reason for."""
-        for number in numbers:
+        for number, answered in zip(numbers, self._answered(numbers), strict=True):
             elapsed_ms = int(self._script.times_ms[number] - self._script.times_ms[max(number - 1, 0)])
             self._clock.advance(elapsed_ms / 1000)
-            message = self._codec.encode_sample(self._sample(number))
+            message = self._codec.encode_sample(self._sample(number, *answered))
             self._broker.append(
                 message.topic, message.value, message.key, message.headers, self._clock.now_ms()
             )
@@ -153,8 +157,22 @@ class StreamLearner:
         rows = [self.ledger.last[str(Position(TOPIC, 0, number))] for number in range(count)]
         return tuple(row.expert_id if row.state is RowState.ASSIGNED else None for row in rows)
 
-    def _sample(self, number: int) -> Sample:
-        """A labelled record that the backbone answered wrongly: every record teaches."""
+    def _answered(self, numbers: Sequence[int]) -> list[tuple[str | None, str]]:
+        """The expert that knows each record, and its answer; None and nothing where the backbone had to answer."""
+        asked = self._script.rows.take(self._script.lines[list(numbers)])
+        answered: list[tuple[str | None, str]] = []
+        for match, features in zip(
+            self._knowledge.match(DEFAULT_TENANT, asked.features), asked.features, strict=True
+        ):
+            if match.nearest is None or not self._knowledge.is_known(match):
+                answered.append((None, ""))
+                continue
+            taught = self.child.taught[match.nearest]
+            answered.append((match.nearest, by_heart(taught, features, self._width)))
+        return answered
+
+    def _sample(self, number: int, expert: str | None, answer: str) -> Sample:
+        """A labelled record: every one teaches."""
         line = int(self._script.lines[number])
         text = self._script.rows.texts[line]
         return Sample(
@@ -164,13 +182,13 @@ class StreamLearner:
             input=text.input,
             output=text.output,
             choices=(),
-            reason=SampleReason.TEACHING,
+            reason=SampleReason.NOVEL if expert is None else SampleReason.TEACHING,
             timestamp_ms=self._clock.now_ms(),
-            answer="",
-            policy=Policy.BACKBONE,
-            expert=None,
-            version=0,
-            novelty=Novelty(score=0.0, p_value=None, entropy=0.0, nearest=None, is_novel=True),
+            answer=answer,
+            policy=Policy.BACKBONE if expert is None else Policy.SPARSE,
+            expert=expert,
+            version=0 if expert is None else 1,
+            novelty=Novelty(score=0.0, p_value=None, entropy=0.0, nearest=expert, is_novel=expert is None),
             feature_space=self._space,
             features=self._script.rows.features[line],
         )

@@ -1,0 +1,52 @@
+"""Which waiting rows the experts may claim: row by row, and only out of clusters that look like theirs as a whole.
+
+A new expert of unlike rows takes for known much of what it has never seen: each row by itself lies no farther than its
+own rows do from each other. But of its own rows it would know all but a few, so a cluster of which it knows too few is
+somebody else's (a binomial test at `SURELY`), and keeps its rows.
+
+Lost: asking the more of a row that its expert answered wrongly the better the expert is, alpha / (1 - accuracy); ARI on
+streams of loghub and of `continual/bare` 0.68 on average against 0.69 without (two orders each, training rows).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from dylora_stream.core.ledger import LedgerRow
+from dylora_stream.learn.knowledge import Knowledge, Match
+
+__all__ = ["claims", "is_theirs"]
+
+SURELY = 0.01  # chance at which a cluster of an expert's own rows is taken for somebody else's
+
+
+def claims(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> dict[str, str]:
+    """Position → expert, of the rows that are claimed."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[row.cluster_id or row.position].append(place)
+    claimed: dict[str, str] = {}
+    for places in groups.values():
+        if not is_theirs([rows[place] for place in places], [matches[place] for place in places], knowledge):
+            continue
+        for place in places:
+            match = matches[place]
+            if match.nearest is not None and knowledge.is_known(match):
+                claimed[rows[place].position] = match.nearest
+    return claimed
+
+
+def is_theirs(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> bool:
+    """Whether so many of a cluster's distinct texts are known as would be if it were the experts' own."""
+    known = {row.input: knowledge.is_known(match) for row, match in zip(rows, matches, strict=True)}
+    return _at_most(sum(known.values()), len(known), knowledge.known_share) > SURELY
+
+
+def _at_most(successes: int, trials: int, chance: float) -> float:
+    """The binomial distribution function."""
+    ways = (
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        for k in range(successes + 1)
+    )
+    hit, miss = math.log(chance), math.log1p(-chance)
+    return sum(math.exp(way + k * hit + (trials - k) * miss) for k, way in enumerate(ways))
