@@ -14,7 +14,7 @@ MOST_DOUBLINGS = 8  # of a back-off: from 4 s to 17 minutes
 class LifecycleConfig:
     """The numbers of an expert's life. Rows are distinct and labelled wherever they are counted."""
 
-    rows_to_seed: int = 64  # a cluster's buffer is ready; a fifth of them is held out for the check
+    rows_to_seed: int = 48  # a cluster's buffer is ready; a fifth of them is held out for the check
     max_seed_rows: int = 80  # newest ones, when more have gathered
     sketch_rows: int = 16  # novel rows that make a sketch job worth its child
     sketch_after_s: float = 4.0  # ... or the oldest has waited this long

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dylora_stream.core.recipes import SEEDING
 from dylora_stream.model.config import Dtype
 
 __all__ = ["AIMS", "LEAST_PAIRS", "PARTS", "Aim", "Sizes", "ThroughputConfig"]
@@ -69,7 +70,7 @@ class Sizes:
     distinct: int = 200
     """Texts that the experts of the answering parts know, and those of the overhead's records."""
     train_rows: int = 32
-    train_epochs: int = 2
+    train_epochs: int = SEEDING.epochs
     short: tuple[int, int] = (100, 4)
     """Tokens of a prompt (± a fifth) and of its answer, end token included."""
     long: tuple[int, int] = (80, 40)
