@@ -2,10 +2,11 @@
 
 A new expert of unlike rows takes for known much of what it has never seen: each row by itself lies no farther than its
 own rows do from each other. But of its own rows it would know all but a few, so a cluster of which it knows too few is
-somebody else's (a binomial test at `SURELY`), and keeps its rows.
+somebody else's (a binomial test at `SURELY`), and keeps its rows: ARI on streams of loghub and of `continual/bare` 0.81
+instead of 0.66 (two orders each, training rows, experts from 48 rows).
 
-Lost: asking the more of a row that its expert answered wrongly the better the expert is, alpha / (1 - accuracy); ARI on
-streams of loghub and of `continual/bare` 0.68 on average against 0.69 without (two orders each, training rows).
+Lost: asking the more of a row that its expert answered wrongly the better the expert is, alpha / (1 - accuracy): 0.68
+against 0.69 without (experts from 32 rows).
 """
 
 import math

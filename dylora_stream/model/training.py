@@ -2,7 +2,7 @@
 
 Three savings, none of which changes the result: logits are computed at answer positions only; the stem's output of a
 row is computed once and kept (where that is proved equal on a batch, else every pass is whole); the backbone's weights
-take no gradient. Same rows, recipe, seed and thread count give the same bits.
+take no gradient. How attention is computed may round differently (`attention`). Same rows, recipe, seed and thread count give the same bits.
 
 An expert trains alone, or in company: among experts that stand already, as methods ask for whose experts share rows
 while they learn (the sum of O-LoRA, the competing ranks of MoRAM).
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.core.recipes import Recipe, rate_at, steps_of
 from dylora_stream.model.adapters import Adapter
+from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
 from dylora_stream.model.features import LabelledText, length_sorted, stem_states
 
@@ -117,10 +118,16 @@ def train_expert(
 
     Raises TrainingFailed when no row is usable, or the loss stops being a number.
     """
-    began = time.perf_counter()
     usable = [row for row in _tokenised(backbone, rows) if len(row) <= recipe.max_row_tokens]
     if not usable:
         raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
+    with plain_attention(backbone, recipe.batch_size, max(len(row) for row in usable)):
+        return _trained(backbone, usable, recipe, options)
+
+
+def _trained(backbone: Backbone, usable: Sequence[_Row], recipe: Recipe, options: TrainingOptions) -> Trained:
+    """The training itself, on rows that fit."""
+    began = time.perf_counter()
     order = np.random.default_rng(options.seed)
     pairs, scale = _initial(backbone, recipe, options)
     company = options.company

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dylora_stream.core.errors import ExpertCorrupt, ModelNotFound, SettingsError, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.adapters import load_adapter, save_adapter
+from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import (
     IGNORED,
     Backbone,
@@ -183,6 +184,19 @@ def test_the_stem_is_cached_and_gives_what_whole_passes_give(backbone: Backbone,
     assert trained.is_stem_cached
     assert not whole.is_stem_cached
     np.testing.assert_allclose(trained.losses, whole.losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("longest", "within"), [(40, "eager"), (100_000, "sdpa")])
+def test_attention_is_plain_while_short_rows_train_in_bfloat16(
+    folder: Path, longest: int, within: str
+) -> None:
+    """The model's own comes back, whatever happens; scores of long rows would not fit."""
+    backbone = load_backbone(ModelConfig(name="tiny", dtype="bfloat16", stem_layers=2, threads=1), folder)
+    config = backbone.model.config
+    with pytest.raises(KeyError), plain_attention(backbone, 8, longest):
+        assert config._attn_implementation == within
+        raise KeyError
+    assert config._attn_implementation == "sdpa"
 
 
 def test_progress_is_told_at_every_step(backbone: Backbone) -> None:
