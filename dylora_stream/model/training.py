@@ -2,7 +2,8 @@
 
 Three savings, none of which changes the result: logits are computed at answer positions only; the stem's output of a
 row is computed once and kept (where that is proved equal on a batch, else every pass is whole); the backbone's weights
-take no gradient. How attention is computed may round differently (`attention`). Same rows, recipe, seed and thread count give the same bits.
+take no gradient. A fourth rounds differently: how attention is computed (`attention`). Same rows, recipe, seed and
+thread count give the same bits.
 
 An expert trains alone, or in company: among experts that stand already, as methods ask for whose experts share rows
 while they learn (the sum of O-LoRA, the competing ranks of MoRAM).
