@@ -358,7 +358,10 @@ class OnlineClusters:
             self._centre = None
             return
         interval = self._timeline.interval_ms()
-        self._centre = blended(rows + residents, self._prior, self._config.reference_rows, interval)
+        everyone = rows + residents
+        # What was never seen counts as one expert at least: a lone skill would be the middle it is measured from.
+        prior_rows = max(self._config.reference_rows, len(everyone) / (len(owners) + 1))
+        self._centre = blended(everyone, self._prior, prior_rows, interval)
         if rows:
             self._inputs = Table(self._centre.inputs(features_of(rows)))
             self._answers = Table(self._centre.sketches(sketches_of(rows)))
