@@ -359,8 +359,8 @@ class OnlineClusters:
             return
         interval = self._timeline.interval_ms()
         everyone = rows + residents
-        # What was never seen counts as one expert at least: a lone skill would be the middle it is measured from.
-        prior_rows = max(self._config.reference_rows, len(everyone) / (len(owners) + 1))
+        # What was never seen counts as half an expert at least: a lone skill would be the middle it is measured from.
+        prior_rows = max(self._config.reference_rows, len(everyone) / (2 * len(owners) + 2))
         self._centre = blended(everyone, self._prior, prior_rows, interval)
         if rows:
             self._inputs = Table(self._centre.inputs(features_of(rows)))
