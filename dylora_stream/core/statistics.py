@@ -12,6 +12,7 @@ The linear discriminant is CoDe-LoRA's (2610.08312): Σ⁻¹μ_e·z - ½μ_eᵀ�
 Σ = I. It does not train anything and holds no prior: how often an expert was seen says nothing about the next record.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 from dylora_stream.core.messages import DEFAULT_TENANT
 
 __all__ = [
-    "ExpertStatistics", "LinearDiscriminant", "Moments", "Separation", "Whitening", "entropy",
+    "ExpertStatistics", "LinearDiscriminant", "Moments", "Separation", "Whitening", "binomial", "entropy",
     "leave_one_out_accuracy", "pooled_covariance", "separation", "softmax",
 ]  # fmt: skip
 
@@ -198,6 +199,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis; -inf is allowed where at least one entry of the row is finite."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def binomial(successes: int, trials: int, chance: float) -> float:
+    """The distribution function: the probability of so many successes or fewer; chance within (0, 1)."""
+    ways = (
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        for k in range(successes + 1)
+    )
+    hit, miss = math.log(chance), math.log1p(-chance)
+    return sum(math.exp(way + k * hit + (trials - k) * miss) for k, way in enumerate(ways))
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:

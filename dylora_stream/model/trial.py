@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dylora_stream.core.checks import CheckConfig, compare, held_out, is_drift
+from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift
 from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
@@ -176,7 +176,7 @@ class Trial:
     def _apart(self, features: np.ndarray) -> dict[str, Any]:
         """How well the rows are routed apart, leave-one-out; a decision, when that is not enough."""
         apart = separation(self._statistics(self._own()), features[:, : self._backbone.width])
-        if apart.accuracy >= self._plan.check.routing:
+        if is_apart(apart.accuracy, len(features), self._plan.check):
             return {"routing_loo": apart.accuracy}
         return {
             "decision": "confused",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dylora_stream.core.checks import CheckConfig, compare, held_out, is_drift
+from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift
 
 TEXTS = [f"row {number}" for number in range(200)]
 
@@ -52,3 +52,21 @@ def test_a_wrong_check_is_refused() -> None:
     """Holding out more than half would train on less than is checked."""
     with pytest.raises(ValueError, match="heldout_share"):
         CheckConfig(heldout_share=0.6)
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "expected"),
+    [
+        (0.9, 48, True),
+        (0.8, 48, True),
+        (0.7, 48, False),
+        (0.8, 400, False),
+        (0.89, 400, True),
+        (0.0, 4, False),
+    ],
+)
+def test_a_skill_is_refused_where_its_rows_surely_show_too_little(
+    share: float, rows: int, expected: bool
+) -> None:
+    """Nine of ten are wanted; few rows may fall short of that by chance, many may not."""
+    assert is_apart(share, rows, CheckConfig(routing=0.9)) is expected

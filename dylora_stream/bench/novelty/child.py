@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from dylora_stream.bench.novelty.reading import ReadRows
+from dylora_stream.core.checks import CheckConfig, is_apart
 from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.core.ports import JobUpdate
 from dylora_stream.core.statistics import ExpertStatistics, separation
@@ -38,13 +39,13 @@ class Finished:
 class StreamChild:
     """`core.ports.Child` that does a job when it is submitted.
 
-    `routing`: share of rows to be told apart, by the first `routed` numbers of a feature row.
+    `check` says how well rows must be told apart, by the first `routed` numbers of a feature row.
     """
 
-    def __init__(self, rows: ReadRows, routing: float, routed: int, train: Train | None = None) -> None:
+    def __init__(self, rows: ReadRows, check: CheckConfig, routed: int, train: Train | None = None) -> None:
         self._rows = rows
         self._lines = {(text.input, text.output): line for line, text in enumerate(rows.texts)}
-        self._routing, self._routed = routing, routed
+        self._check, self._routed = check, routed
         self._train = train
         self._updates: list[JobUpdate] = []
         self.submitted = 0
@@ -97,10 +98,10 @@ class StreamChild:
     def _found(self, folder: Path, spec: Mapping[str, Any], own: ReadRows) -> Path:
         """An expert of its rows' statistics, or the neighbour that they are confused with."""
         apart = separation(self._statistics(spec["registry"]["experts"]), own.features[:, : self._routed])
-        is_apart = spec["kind"] != "seed" or apart.accuracy >= self._routing
+        may_live = spec["kind"] != "seed" or is_apart(apart.accuracy, len(own), self._check)
         report: dict[str, Any] = {
-            "decision": "promoted" if is_apart else "confused",
-            "with": None if is_apart else apart.rival,
+            "decision": "promoted" if may_live else "confused",
+            "with": None if may_live else apart.rival,
             "reason": f"routed apart: {apart}",
             "heldout": {},
         }

@@ -113,7 +113,7 @@ class StreamLearner:
         self._space, self._width = feature_space(backbone), backbone.width
         self._clock, self._broker, self.ledger = ManualClock(), MemoryBroker(), WatchedLedger()
         self._codec = WireCodec(source="/dylora/bench")
-        self.child = StreamChild(script.rows, settings.check.routing, backbone.width, train)
+        self.child = StreamChild(script.rows, settings.check, backbone.width, train)
         folder.mkdir(parents=True, exist_ok=True)
         store = FolderStore(str((folder / "experts").absolute()), folder / "cache")
         self._knowledge = knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
