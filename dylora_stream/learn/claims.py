@@ -16,7 +16,7 @@ from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.statistics import binomial
 from dylora_stream.learn.knowledge import Knowledge, Match
 
-__all__ = ["claims", "is_theirs"]
+__all__ = ["claims"]
 
 SURELY = 0.01  # chance at which a cluster of an expert's own rows is taken for somebody else's
 
@@ -28,7 +28,7 @@ def claims(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowl
         groups[row.cluster_id or row.position].append(place)
     claimed: dict[str, str] = {}
     for places in groups.values():
-        if not is_theirs([rows[place] for place in places], [matches[place] for place in places], knowledge):
+        if not _is_theirs([rows[place] for place in places], [matches[place] for place in places], knowledge):
             continue
         for place in places:
             match = matches[place]
@@ -37,7 +37,7 @@ def claims(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowl
     return claimed
 
 
-def is_theirs(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> bool:
+def _is_theirs(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> bool:
     """Whether so many of a cluster's distinct texts are known as would be if it were the experts' own."""
     known = {row.input: knowledge.is_known(match) for row, match in zip(rows, matches, strict=True)}
     return binomial(sum(known.values()), len(known), knowledge.known_share) > SURELY
