@@ -72,16 +72,14 @@ class Knowledge:
         if self._scorer is None or not allowed.any():
             return [Match(None, float("nan"))] * len(features)
         everyone = np.tile(allowed, (len(features), 1))
-        scores, p_values = self._scorer.score(features, everyone), []
-        p_values.append(scores.p_value)
-        stacked = _stacked(answers)
+        scores = self._scorer.score(features, everyone)
+        p_values, stacked = scores.p_value, _stacked(answers)
         if stacked is not None:
             scores = self._scorer.score(features, everyone, stacked)
-            p_values.append(scores.p_value)
-        nearest: Sequence[int] = scores.nearest.tolist()
+            p_values = np.minimum(p_values, scores.p_value)
         return [
             Match(self._statistics[expert].expert_id, p_value)
-            for expert, p_value in zip(nearest, np.min(p_values, axis=0).tolist(), strict=True)
+            for expert, p_value in zip(scores.nearest.tolist(), p_values.tolist(), strict=True)
         ]
 
     @property
