@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from dylora_stream.core.checks import CheckConfig
-from dylora_stream.core.clustering import ClusteringConfig
+from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.novelty import NoveltyConfig
 from dylora_stream.core.recipes import CONSOLIDATION, SEEDING, Recipe

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dylora_stream.core.clustering import ClusteringConfig, Reference
+from dylora_stream.core.cluster_config import ClusteringConfig
+from dylora_stream.core.clustering import Reference
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import Changes, ClusterRecord, JobRecord, LedgerRow

@@ -23,13 +23,13 @@ Invariant: a row is in exactly one cluster; a cluster has at least one row; an i
 caller, is never given to another cluster.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dylora_stream.core.arrivals import Timeline, floods
+from dylora_stream.core.arrivals import Timeline
+from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.cluster_names import cluster_names, digest, heir, new_id
 from dylora_stream.core.likeness import (
     Reference,
@@ -41,76 +41,15 @@ from dylora_stream.core.likeness import (
     sketches_of,
 )
 from dylora_stream.core.linkage import MergeRules
+from dylora_stream.core.readiness import Candidate, Readiness, newest_firsts, readiness
 from dylora_stream.core.regrouping import Scene, regroup
 
-__all__ = [
-    "ClusteringConfig",
-    "OnlineClusters",
-    "Placement",
-    "Readiness",
-    "Reclustered",
-    "Reference",
-]
+__all__ = ["OnlineClusters", "Placement", "Reclustered", "Reference"]
 
 SAME_ROW = 1.0 - 1e-5  # similarity of copies of one text: bfloat16 moves features between batches
 GROWTH = 1.1  # the reference is taken anew when this many times the rows were seen
 COMPARED = 2048  # first rows that a pass compares; their similarities take 16 MB
 RESIDENTS = 48  # rows of an expert that stand for it, fewer where experts are many
-LIKES = 3  # rows of a cluster that a row must be like where the cluster as a whole is not alike
-REPEATS = 4  # of one text that count when saturation is judged
-MOST_UNSEEN = 0.3  # Good-Turing share of texts seen once under which a cluster is saturated
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusteringConfig:
-    """How waiting rows are gathered."""
-
-    join_similarity: float = 0.15
-    """Average similarity from which a row joins a cluster, and two groups are one: a cosine, in (0, 1)."""
-
-    tight_similarity: float = 0.35
-    """Average similarity of rows that are one group whatever else, at least `join_similarity`, below 1."""
-
-    kinship: float = 0.75
-    """Two groups of which time says nothing are one only if they are this share as alike as each by itself, in (0, 1].
-    Simulated streams of 8 log systems hardly mind: mean ARI 0.74 at 0.6, 0.76 at 0.75 and 0.9."""
-
-    together: float = 0.5
-    """What having come together adds to the similarity of two groups, and having come apart takes away, at least 0.
-    The same streams: mean ARI 0.69 at 0, 0.76 at 0.5."""
-
-    answer_weight: float = 0.5
-    """The answer sketch's part in the similarity of two rows that both have one, in [0, 1]."""
-
-    reference_rows: int = 64
-    """How many rows the prior reference counts for against the rows seen. More: a lone first skill is one piece sooner;
-    fewer: skills of one genre that come at the same time are told apart better."""
-
-    min_cohesion: float = 0.1
-    """Average similarity within a cluster that may become an expert, unless each row is tightly like a few others."""
-
-    saturated_rows: int = 24
-    """Distinct rows that are enough where the cluster has the wanted number of records and new texts have become
-    rare, at least 1: some skills have no more."""
-
-    min_span_ms: int = 0
-    """Record time between a ready cluster's first and last row."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.join_similarity < 1:
-            raise ValueError(f"join_similarity must lie between 0 and 1, not {self.join_similarity}")
-        if not 0 < self.tight_similarity < 1:
-            raise ValueError(f"tight_similarity must lie between 0 and 1, not {self.tight_similarity}")
-        if not 0 < self.kinship <= 1:
-            raise ValueError(f"kinship must lie in (0, 1], not {self.kinship}")
-        if self.together < 0 or self.saturated_rows < 1:
-            raise ValueError("together must not be negative, saturated_rows must be at least 1")
-        if not 0 <= self.answer_weight <= 1:
-            raise ValueError(f"answer_weight must lie in [0, 1], not {self.answer_weight}")
-        if self.reference_rows < 0 or self.min_span_ms < 0:
-            raise ValueError("reference_rows and min_span_ms must not be negative")
-        if not 0 <= self.min_cohesion < 1:
-            raise ValueError(f"min_cohesion must lie in [0, 1), not {self.min_cohesion}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,16 +70,6 @@ class Reclustered:
     created: tuple[str, ...] = ()
     merged: tuple[tuple[str, str], ...] = ()
     joined: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readiness:
-    """Whether a cluster may become an expert; `reason` is a short snake_case class: ready, or what is missing."""
-
-    is_ready: bool
-    reason: str
-    distinct_rows: int
-    cohesion: float
 
 
 class OnlineClusters:
@@ -229,48 +158,16 @@ class OnlineClusters:
         """Row ids in order of arrival."""
         return tuple(row_id for row_id, row in self._rows.items() if row.cluster_id == cluster_id)
 
-    def cohesion(self, cluster_id: str) -> float:
-        """Average similarity of two of its distinct rows, 1.0 for a single one."""
-        return self._cohesion(cluster_id)[0]
-
-    def _cohesion(self, cluster_id: str) -> tuple[float, float]:
-        """That, and a row's average similarity to the `LIKES` most like it: templates of one source have their like."""
-        rows = [self._rows[row_id] for row_id in self.members(cluster_id)]
-        firsts = [row for row in rows if row.twin is None][-RESIDENTS * 4 :]
-        if len(firsts) < 2:
-            return 1.0, 1.0
-        similarity = self._similarity(firsts)
-        others = similarity[~np.eye(len(firsts), dtype=bool)].reshape(len(firsts), -1)
-        return float(others.mean()), float(np.sort(others, axis=1)[:, -LIKES:].mean())
-
     def readiness(self, cluster_id: str, min_rows: int) -> Readiness:
-        """Whether the cluster may become an expert. Repeats of one text count once, rows of a flood not at all;
-        a cluster that is mostly a flood is not ready.
-
-        Fewer distinct rows than `min_rows` are enough where that many records came and most texts came again. A
-        cluster that looks like an expert's, and of which time has not told, waits for twice as many rows.
-        """
+        """Whether the cluster may become an expert, see `core.readiness`."""
         rows = {row_id: self._rows[row_id] for row_id in self.members(cluster_id)}
-        firsts = [row_id for row_id, row in rows.items() if row.twin is None]
-        times = np.array([rows[row_id].time_ms for row_id in firsts], dtype=np.int64)
-        is_flood = floods(times, np.zeros_like(times), self._timeline.interval_ms())
-        distinct, (cohesion, to_likes) = len(firsts) - int(is_flood.sum()), self._cohesion(cluster_id)
-        is_saturated = (
-            len(rows) >= min_rows and distinct >= self._config.saturated_rows and _is_saturated(rows)
+        candidate = Candidate(
+            rows=rows,
+            similarity=self._similarity(newest_firsts(rows)),
+            interval_ms=self._timeline.interval_ms(),
+            is_doubtful=cluster_id in self._doubtful,
         )
-        if is_flood.sum() > distinct:
-            reason = "flood"
-        elif distinct < min_rows and not is_saturated:
-            reason = "flood" if is_flood.any() else "repeats" if len(rows) >= min_rows else "too_few_rows"
-        elif cohesion < self._config.min_cohesion and to_likes < self._config.tight_similarity:
-            reason = "scattered"
-        elif np.ptp(times) < self._config.min_span_ms:
-            reason = "flood"
-        elif cluster_id in self._doubtful and distinct < 2 * min_rows and len(rows) < 4 * min_rows:
-            reason = "unsettled"
-        else:
-            reason = "ready"
-        return Readiness(is_ready=reason == "ready", reason=reason, distinct_rows=distinct, cohesion=cohesion)
+        return readiness(candidate, min_rows, self._config)
 
     def forget(self, row_ids: Iterable[str]) -> None:
         """Rows that an expert took, or that expired; unknown ones are ignored. A repeat takes its first row's place."""
@@ -390,11 +287,3 @@ class OnlineClusters:
             standing=[number for number, _ in standing],
             timeline=self._timeline,
         )
-
-
-def _is_saturated(rows: Mapping[str, WaitingRow]) -> bool:
-    """Whether new texts have become rare: the chance that the next one is new, by Good and Turing, with repeats of one
-    text counted a few times at most, so that no single text can make it small."""
-    copies = Counter(row.twin or row_id for row_id, row in rows.items())
-    counted = sum(min(number, REPEATS) for number in copies.values())
-    return sum(number == 1 for number in copies.values()) <= MOST_UNSEEN * counted

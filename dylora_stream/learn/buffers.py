@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
+from dylora_stream.core.cluster_config import ClusteringConfig
+from dylora_stream.core.clustering import OnlineClusters, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
 from dylora_stream.core.messages import Feedback, Sample
 

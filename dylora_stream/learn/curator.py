@@ -1,21 +1,22 @@
 """Decides what becomes of every sample: known, waiting, clustered, trained on. Pure but for its own memory.
 
     take       samples and late answers: a row an expert knows is that expert's; a new one waits for its sketch
-    next_job   the one thing worth a child now: sketches, then a full buffer, then an expert with new rows
+    next_job   the one thing worth a child now, see `learn.agenda`
     finish     what a child brought back: sketches are clustered; an expert goes live, or its cluster backs off
 
 Each returns `Changes`, to be committed before anything of it is told to anyone; the curator's memory moves with
 them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from dylora_stream.core.clustering import ClusteringConfig, Reference
+from dylora_stream.core.cluster_config import ClusteringConfig
+from dylora_stream.core.clustering import Reference
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Maturity, Registry
 from dylora_stream.core.ledger import (
@@ -31,23 +32,13 @@ from dylora_stream.core.ledger import (
 )
 from dylora_stream.core.messages import Feedback, Sample, SampleReason
 from dylora_stream.core.ports import Clock, Codec, Partition
+from dylora_stream.learn.agenda import Agenda, JobRequest
 from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, TrackRecord, newest_distinct
+from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord
 
-__all__ = ["Curator", "CuratorConfig", "JobRequest"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRequest:
-    """A job worth doing now."""
-
-    kind: JobKind
-    tenant: str
-    rows: tuple[LedgerRow, ...]
-    cluster_id: str | None = None
-    expert_id: str | None = None
+__all__ = ["Curator", "CuratorConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +63,7 @@ class Curator:
         self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
         self._tracks: dict[str, TrackRecord] = {}
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
-        self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
-        self._sketching = BackOff(config.lifecycle.sketch_after_s)
+        self._agenda = Agenda(self._buffers, config.lifecycle, clock)
         knowledge.refresh(self.registry)
         for row in state.rows:
             self._remember(row)
@@ -155,52 +145,7 @@ class Curator:
 
     def next_job(self) -> JobRequest | None:
         """The most useful job, or None."""
-        return self._sketch_job() or self._seed_job() or self._consolidation_job()
-
-    def _sketch_job(self) -> JobRequest | None:
-        waiting = self._buffers.in_state(RowState.WAITING)
-        if not waiting or self._clock.now_ms() < self._sketching.until_ms:
-            return None
-        waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
-        if len(waiting) < self._rules.sketch_rows and waited_s < self._rules.sketch_after_s:
-            return None
-        return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=tuple(waiting[:256]))
-
-    def _seed_job(self) -> JobRequest | None:
-        for cluster in self._buffers.clusters.values():
-            if cluster.state is not ClusterState.OPEN:
-                continue
-            members = self._buffers.members(cluster.cluster_id)
-            rows = newest_distinct(members, len(members))
-            if rows and self._buffers.is_ready(cluster):
-                named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
-                return JobRequest(kind=JobKind.SEED, rows=tuple(rows[-self._rules.max_seed_rows :]), **named)
-        return None
-
-    def _consolidation_job(self) -> JobRequest | None:
-        if self._is_filling():  # what nobody knows yet comes before what is known already
-            return None
-        assigned = self._buffers.in_state(RowState.ASSIGNED)
-        for version in self.registry.experts:
-            owned = [row for row in assigned if row.expert_id == version.expert_id]
-            rows = newest_distinct(owned, self._rules.max_consolidate_rows)
-            if sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id):
-                named = {"tenant": version.tenant, "expert_id": version.expert_id}
-                return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
-        return None
-
-    def _is_filling(self) -> bool:
-        """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon."""
-        since_ms = self._clock.now_ms() - 1000 * self._rules.filling_s
-        for cluster in self._buffers.clusters.values():
-            members = self._buffers.members(cluster.cluster_id) if cluster.state is ClusterState.OPEN else []
-            if 4 * len(members) >= cluster.rows_wanted and members[-1].time_ms >= since_ms:
-                return True
-        return False
-
-    def _wanted_to_consolidate(self, expert_id: str) -> int:
-        """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
-        return self._rules.rows_to_consolidate << self._vain_attempts[expert_id]
+        return self._agenda.next(self.registry)
 
     def start(self, request: JobRequest, job_id: str) -> Changes:
         """The job is about to be submitted."""
@@ -244,7 +189,7 @@ class Curator:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
         changes.jobs[job.job_id] = replace(job, state=JobState.DONE)
-        self._sketching.failures = 0
+        self._agenda.was_sketched()
         for position, sketch in sketches.items():
             row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
@@ -266,7 +211,7 @@ class Curator:
         if registry is not None:
             self._go_live(job, report, registry, changes)
         elif job.kind is JobKind.CONSOLIDATE:
-            self._vain_attempts[expert_id] += 1
+            self._agenda.was_in_vain(job)
             self._tell(EventType.EXPERT_REJECTED, expert_id, job.job_id, changes, report)
         else:
             self._settle(job, report, changes)
@@ -282,10 +227,7 @@ class Curator:
         )
         if job.cluster_id is not None:
             self._back_off(self._buffers.clusters[job.cluster_id], changes)
-        if job.kind is JobKind.SKETCH:
-            self._sketching.failed(self._clock.now_ms())
-        if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
-            self._vain_attempts[job.expert_id] += 1
+        self._agenda.was_in_vain(job)
         return changes
 
     def _go_live(
@@ -308,7 +250,7 @@ class Curator:
         for position in sorted(trained):
             is_trained = position in job.positions
             self._buffers.assign(self._buffers.rows[position], expert_id, changes, is_trained=is_trained)
-        self._vain_attempts.pop(expert_id, None)
+        self._agenda.has_new_version(expert_id)
         self._knowledge.refresh(registry)
         self._reassign(changes)
 

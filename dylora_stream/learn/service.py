@@ -40,7 +40,8 @@ from dylora_stream.core.ports import (
     Source,
 )
 from dylora_stream.core.recipes import Recipe
-from dylora_stream.learn.curator import Curator, JobRequest
+from dylora_stream.learn.agenda import JobRequest
+from dylora_stream.learn.curator import Curator
 from dylora_stream.learn.jobs import job_digest, read_report, write_job
 
 __all__ = ["LearnConfig", "LearnMetrics", "LearnPorts", "LearnService", "Training"]

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reclustered, Reference
+from dylora_stream.core.cluster_config import ClusteringConfig
+from dylora_stream.core.clustering import OnlineClusters, Reclustered, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
 from dylora_stream.learn.buffers import Buffers
 
@@ -52,6 +53,16 @@ def buffers(state: LedgerState = LedgerState()) -> Buffers:  # noqa: B008 - it i
     books = Buffers(state, ClusteringConfig(), ROWS_WANTED)
     books.refer_to(PRIOR)
     return books
+
+
+def buffers_with_a_cluster() -> tuple[Buffers, ClusterRecord, LedgerRow]:
+    """Books with 19 rows of one skill in one cluster, and a row of that skill which comes later."""
+    books = buffers()
+    *rows, later = skill(np.random.default_rng(4), "a", 0, 20)
+    for row in rows:
+        books.place(row, Changes())
+    (cluster,) = books.clusters.values()
+    return books, cluster, later
 
 
 def restarted(books: Buffers) -> Buffers:
@@ -145,28 +156,20 @@ def test_an_old_stream_that_is_read_late_is_not_given_up() -> None:
 
 def test_rows_of_a_skill_that_needs_no_expert_are_recognised_after_a_restart() -> None:
     """Their like is settled at once."""
-    books = buffers()
-    rows = skill(np.random.default_rng(4), "a", 0, 20)
-    for row in rows[:19]:
-        books.place(row, Changes())
-    (cluster,) = books.clusters.values()
+    books, cluster, later = buffers_with_a_cluster()
     books.put_cluster(replace(cluster, state=ClusterState.KNOWN), Changes())
     books.settle(cluster.cluster_id, Changes())
     again = restarted(books)
-    again.place(rows[19], Changes())
-    assert again.rows[rows[19].position].state is RowState.SETTLED
+    again.place(later, Changes())
+    assert again.rows[later.position].state is RowState.SETTLED
 
 
 def test_rows_in_training_are_in_no_cluster_after_a_restart() -> None:
     """Rows that come meanwhile found another one; after a rejection the rows are back."""
-    books = buffers()
-    rows = skill(np.random.default_rng(5), "a", 0, 20)
-    for row in rows[:19]:
-        books.place(row, Changes())
-    (cluster,) = books.clusters.values()
+    books, cluster, later = buffers_with_a_cluster()
     books.put_cluster(replace(cluster, state=ClusterState.TRAINING), Changes())
     again = restarted(books)
-    assert [made.cluster_id for made in again.place(rows[19], Changes()).created] != [cluster.cluster_id]
+    assert [made.cluster_id for made in again.place(later, Changes()).created] != [cluster.cluster_id]
     assert len(again._online["t"]) == 1
     again.put_cluster(cluster, Changes())
     again.bring_back(cluster.cluster_id)

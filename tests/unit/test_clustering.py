@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dylora_stream.core.arrivals import NEIGHBOURS, Timeline
-from dylora_stream.core.clustering import ClusteringConfig, OnlineClusters, Reference
+from dylora_stream.core.cluster_config import ClusteringConfig
+from dylora_stream.core.clustering import OnlineClusters, Reference
 from dylora_stream.core.linkage import average_linkage
 
 DIMENSIONS, SKETCH = 48, 24
@@ -165,7 +166,7 @@ def test_a_source_of_many_templates_is_ready_however_unlike_they_are() -> None:
         clusters.place(row_id, features, sketch, 1000 * (len(known) + number))
     clusters.recluster()
     (name,) = clusters.clusters
-    assert clusters.cohesion(name) < ClusteringConfig().min_cohesion
+    assert clusters.readiness(name, 64).cohesion < ClusteringConfig().min_cohesion
     assert clusters.readiness(name, 64).reason == "ready"
 
 

@@ -1,0 +1,105 @@
+"""The one thing worth a child process now: sketches, then a full buffer, then an expert with new rows.
+
+Nothing is changed here but the memory of what came to nothing: a sketch job that failed is left alone for a while, an
+expert whose consolidation was in vain waits for twice as many new rows.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from dylora_stream.core.experts import Registry
+from dylora_stream.core.ledger import ClusterState, JobKind, JobRecord, LedgerRow, RowState
+from dylora_stream.core.ports import Clock
+from dylora_stream.learn.buffers import Buffers
+from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, newest_distinct
+
+__all__ = ["Agenda", "JobRequest"]
+
+SKETCHED_AT_ONCE = 256  # rows of one sketch job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """A job worth doing now."""
+
+    kind: JobKind
+    tenant: str
+    rows: tuple[LedgerRow, ...]
+    cluster_id: str | None = None
+    expert_id: str | None = None
+
+
+class Agenda:
+    """What is to be done next, by the state of the buffers and the experts."""
+
+    def __init__(self, buffers: Buffers, rules: LifecycleConfig, clock: Clock) -> None:
+        self._buffers = buffers
+        self._rules = rules
+        self._clock = clock
+        self._sketching = BackOff(rules.sketch_after_s)
+        self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
+
+    def next(self, registry: Registry) -> JobRequest | None:
+        """The most useful job, or None."""
+        return self._sketch_job() or self._seed_job() or self._consolidation_job(registry)
+
+    def was_sketched(self) -> None:
+        """A sketch job was done."""
+        self._sketching.failures = 0
+
+    def was_in_vain(self, job: JobRecord) -> None:
+        """The job failed, or its version was rejected."""
+        if job.kind is JobKind.SKETCH:
+            self._sketching.failed(self._clock.now_ms())
+        if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
+            self._vain_attempts[job.expert_id] += 1
+
+    def has_new_version(self, expert_id: str) -> None:
+        """What was in vain before is forgotten."""
+        self._vain_attempts.pop(expert_id, None)
+
+    def _sketch_job(self) -> JobRequest | None:
+        waiting = self._buffers.in_state(RowState.WAITING)
+        if not waiting or self._clock.now_ms() < self._sketching.until_ms:
+            return None
+        waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
+        if len(waiting) < self._rules.sketch_rows and waited_s < self._rules.sketch_after_s:
+            return None
+        rows = tuple(waiting[:SKETCHED_AT_ONCE])
+        return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=rows)
+
+    def _seed_job(self) -> JobRequest | None:
+        for cluster in self._buffers.clusters.values():
+            if cluster.state is not ClusterState.OPEN:
+                continue
+            members = self._buffers.members(cluster.cluster_id)
+            rows = newest_distinct(members, self._rules.max_seed_rows)
+            if rows and self._buffers.is_ready(cluster):
+                named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
+                return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
+        return None
+
+    def _consolidation_job(self, registry: Registry) -> JobRequest | None:
+        if self._is_filling():  # what nobody knows yet comes before what is known already
+            return None
+        assigned = self._buffers.in_state(RowState.ASSIGNED)
+        for version in registry.experts:
+            owned = [row for row in assigned if row.expert_id == version.expert_id]
+            rows = newest_distinct(owned, self._rules.max_consolidate_rows)
+            if sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id):
+                named = {"tenant": version.tenant, "expert_id": version.expert_id}
+                return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
+        return None
+
+    def _is_filling(self) -> bool:
+        """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon."""
+        since_ms = self._clock.now_ms() - 1000 * self._rules.filling_s
+        for cluster in self._buffers.clusters.values():
+            members = self._buffers.members(cluster.cluster_id) if cluster.state is ClusterState.OPEN else []
+            if 4 * len(members) >= cluster.rows_wanted and members[-1].time_ms >= since_ms:
+                return True
+        return False
+
+    def _wanted_to_consolidate(self, expert_id: str) -> int:
+        """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
+        return self._rules.rows_to_consolidate << self._vain_attempts[expert_id]
