@@ -43,7 +43,7 @@ from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:
     from dylora_stream.learn.jobs import ChildProcess
-    from dylora_stream.learn.service import Training
+    from dylora_stream.learn.training import Training
 
 __all__ = ["child", "learn", "serve", "supervise"]
 
@@ -125,6 +125,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
             metrics=metrics.text,
             stats=curator.summary,
+            retire=service.retire,
         )
         metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
@@ -147,7 +148,7 @@ def _child_process(settings: Settings) -> "ChildProcess":
 
 def _training(settings: Settings) -> "Training":
     """What every job carries; the backbone is named by its files, not loaded."""
-    from dylora_stream.learn.service import Training
+    from dylora_stream.learn.training import Training
     from dylora_stream.model.identity import DEFAULT_TEMPLATE, feature_space_name, folder_digest
 
     digest = folder_digest(fetch_model(settings, lambda line: log.info("model_fetched", detail=line)))

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dylora_stream.bootstrap.parts import expert_store, kafka_of, model_path, open_ledger
+from dylora_stream.bootstrap.parts import SystemClock, expert_store, kafka_of, model_path, open_ledger
 from dylora_stream.core.errors import BrokerError, DatabaseBusy, DyloraError, ModelNotFound, TopicMissing
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.messages import Topic
+from dylora_stream.learn.retirement import retirement
 from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import Probe, machine_probes
 from dylora_stream.ops.files import FileRecord
@@ -20,10 +21,11 @@ from dylora_stream.stream.broker import EmbeddedBroker, glibc_problem
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, kafka_errors
 from dylora_stream.stream.source import KafkaChangelog
 from dylora_stream.stream.topics import TopicState, describe_topics
+from dylora_stream.stream.wire import WireCodec
 
 __all__ = [
-    "doctor_probes", "embedded_broker", "expert_folder", "newest_registry", "sample_stats", "score", "sender",
-    "topic_states",
+    "doctor_probes", "embedded_broker", "expert_folder", "newest_registry", "retire", "sample_stats", "score",
+    "sender", "topic_states",
 ]  # fmt: skip
 
 READ_S = 30.0  # the experts topic, from its beginning
@@ -121,6 +123,33 @@ def sample_stats(settings: Settings) -> Mapping[str, Any]:
         return asdict(ledger.summary())
     finally:
         ledger.close()
+
+
+def retire(settings: Settings, expert_id: str) -> bool:
+    """Take an expert out of service; whether a running learn was told, which does it at once.
+
+    Where none runs it is written into its database, and published when learn starts: also where learn does not start
+    because this expert's files are damaged. Raises ExpertUnknown.
+    """
+    address = _address(settings, "learn")
+    if address is not None and _answers(address):
+        ask(f"{address}/experts/retire", {"expert": expert_id})
+        return True
+    ledger = open_ledger(settings)
+    try:
+        state, clock = ledger.load(), SystemClock()
+        version = state.registry.named(expert_id)
+        codec = WireCodec(source="/dylora/retire")
+        ledger.commit(retirement(version, state.registry, state.rows, codec, clock.now_ms()))
+    finally:
+        ledger.close()
+    return False
+
+
+def _answers(address: str) -> bool:
+    with suppress(DyloraError):
+        return bool(ask(f"{address}/stats"))
+    return False
 
 
 def doctor_probes(settings: Settings) -> dict[str, Probe]:

@@ -1,18 +1,14 @@
-"""Commands that look: experts, samples, topics."""
+"""Commands that look at experts, samples and topics, and the one that retires an expert."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
-from dylora_stream.core.errors import DyloraError
-
-if TYPE_CHECKING:
-    from dylora_stream.core.experts import ExpertVersion, Registry
 
 __all__ = ["register"]
 
@@ -25,6 +21,7 @@ def register(app: typer.Typer) -> None:
     experts.command("list")(list_experts)
     experts.command("show")(show_expert)
     experts.command("export")(export)
+    experts.command("retire")(retire)
     samples = typer.Typer(help="What is kept for learning.", no_args_is_help=True)
     samples.command("stats")(sample_stats)
     samples.callback()(lambda: None)
@@ -62,7 +59,7 @@ def show_expert(
 
     settings = settings_from(config, assignments, bootstrap)
     registry = tools.newest_registry(settings)
-    version = _find(registry, expert)
+    version = registry.named(expert)
     folder = tools.expert_folder(settings, version)
     own, whole = count_parameters(folder, ADAPTER), count_parameters(model_path(settings))
     share = f"{own:,}, {own / whole:.2%} of the backbone's {whole:,}" if whole else f"{own:,}"
@@ -99,9 +96,31 @@ def export(
     from dylora_stream.ops.artefacts import export_expert
 
     settings = settings_from(config, assignments, bootstrap)
-    version = _find(tools.newest_registry(settings), expert)
+    version = tools.newest_registry(settings).named(expert)
     names = export_expert(tools.expert_folder(settings, version), target, with_rows=with_rows)
     typer.echo(f"{version.name} in {target}: {', '.join(names)}")
+
+
+def retire(
+    expert: ExpertArgument,
+    is_sure: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Take an expert out of service: one that was taught wrong answers, is damaged, or takes a place in the pool.
+
+    Its records go back to the backbone and the other experts; as new ones they may found another expert. Rows that it
+    was taught are not learned from again, and its files are kept. Without a running learn this is written into its
+    database, and takes effect when learn starts.
+    """
+    from dylora_stream.bootstrap import tools
+
+    if not is_sure:
+        typer.confirm(f"Take {expert} out of service? It cannot be taken back.", abort=True)
+    if tools.retire(settings_from(config, assignments), expert):
+        typer.echo(f"{expert} is being retired: see the event `expert.retired`, and `experts list`")
+    else:
+        typer.echo(f"{expert} is retired; the workers hear of it when learn starts")
 
 
 def sample_stats(config: ConfigOption = None, assignments: SetOption = None) -> None:
@@ -142,17 +161,6 @@ def create_topics(
 
     created = parts.create_topics(settings_from(config, assignments, bootstrap))
     typer.echo(f"created: {', '.join(created)}" if created else "all topics exist")
-
-
-def _find(registry: "Registry", wanted: str) -> "ExpertVersion":
-    found = [version for version in registry.experts if version.expert_id.startswith(wanted)]
-    exact = registry.expert(wanted)
-    if exact is not None:
-        return exact
-    if len(found) != 1:
-        known = ", ".join(version.expert_id for version in (found or registry.experts)) or "none yet"
-        raise DyloraError(f"{len(found) or 'no'} expert is called {wanted!r}; there are: {known}")
-    return found[0]
 
 
 def _listed(values: Mapping[str, Any]) -> str:

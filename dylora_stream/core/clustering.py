@@ -10,6 +10,7 @@ by whether they come together as well, see `core.regrouping` and `core.arrivals`
     place      one row: joins the cluster it is most like on average, or founds one; O(compared rows)
     recluster  all waiting rows anew: tight groups, merged with one another or into the expert that they came with
     witness    a row that an expert has: what clusters are told apart from, and may join
+    dismiss    an expert that is gone
     readiness  whether a cluster may become an expert: distinct rows, cohesion, persistence
 
 Only rows are kept here, no decisions about them: whoever owns the rows (the curator) says when one is taken or
@@ -127,6 +128,11 @@ class OnlineClusters:
         residents[row_id] = WaitingRow.of(features, sketch, time_ms, owner)
         if len(residents) > RESIDENTS:
             del residents[max(residents, key=digest)]
+
+    def dismiss(self, owner: str) -> None:
+        """An expert is gone: nothing is told apart from its rows any more, and nothing joins it."""
+        if self._residents.pop(owner, None) is not None:
+            self._is_stale = True
 
     def recluster(self) -> Reclustered:
         """All rows anew. Clusters keep the id with which they share most rows."""

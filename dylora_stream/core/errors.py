@@ -4,6 +4,7 @@
     ├── SettingsError              a setting is wrong or unknown: the process exits 2
     ├── BadRecord                  this record cannot be answered: dead letter, the stream goes on
     ├── TrainingFailed             this job gave no expert: event, the stream goes on
+    ├── ExpertUnknown              no expert, or more than one, is called that
     ├── BrokerError                Kafka does not do what it must: the process stops
     │   ├── BrokerUnreachable      no answer, or credentials refused
     │   ├── TopicMissing           a topic does not exist and may not be created
@@ -25,8 +26,8 @@ The three fates (bad record, failed training, broken infrastructure) are the fir
 
 __all__ = [
     "BadRecord", "BrokerError", "BrokerUnreachable", "DatabaseBroken", "DatabaseBusy", "DiskFull", "DyloraError",
-    "ExpertCorrupt", "Fenced", "ModelError", "ModelMismatch", "ModelNotFound", "OffsetsLost", "SettingsError",
-    "StoreError", "TopicMissing", "TrainingFailed", "TransactionAborted",
+    "ExpertCorrupt", "ExpertUnknown", "Fenced", "ModelError", "ModelMismatch", "ModelNotFound", "OffsetsLost",
+    "SettingsError", "StoreError", "TopicMissing", "TrainingFailed", "TransactionAborted",
 ]  # fmt: skip
 
 
@@ -52,6 +53,10 @@ class BadRecord(DyloraError):
         super().__init__(message)
         self.reason = reason
         self.stage = stage
+
+
+class ExpertUnknown(DyloraError):
+    """No expert of the registry is called that, or several begin so."""
 
 
 class TrainingFailed(DyloraError):

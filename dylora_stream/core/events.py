@@ -30,6 +30,7 @@ class EventType(StrEnum):
     EXPERT_PROMOTED = "expert.promoted"
     EXPERT_REJECTED = "expert.rejected"
     EXPERT_MATURED = "expert.matured"
+    EXPERT_RETIRED = "expert.retired"
     EXPERT_LOAD_FAILED = "expert.load_failed"
     ROUTING_CHANGED = "routing.changed"
     FEEDBACK_UNMATCHED = "feedback.unmatched"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from dylora_stream.core.errors import ExpertUnknown
 from dylora_stream.core.messages import DEFAULT_TENANT
 
 __all__ = ["EXPERT_ID", "ExpertVersion", "Maturity", "Registry", "StoredFolder"]
@@ -75,6 +76,19 @@ class Registry:
     def expert(self, expert_id: str) -> ExpertVersion | None:
         """The served version of an expert, or None."""
         return next((version for version in self.experts if version.expert_id == expert_id), None)
+
+    def named(self, beginning: str) -> ExpertVersion:
+        """The expert of this id, or the only one whose id begins so. Raises ExpertUnknown."""
+        exact = self.expert(beginning)
+        found = [version for version in self.experts if version.expert_id.startswith(beginning)]
+        if exact is None and len(found) != 1:
+            known = ", ".join(version.expert_id for version in (found or self.experts)) or "none yet"
+            raise ExpertUnknown(f"{len(found) or 'no'} expert is called {beginning!r}; there are: {known}")
+        return exact or found[0]
+
+    def without(self, expert_id: str) -> "Registry":
+        """The registry without this expert."""
+        return replace(self, experts=tuple(each for each in self.experts if each.expert_id != expert_id))
 
     def with_expert(self, version: ExpertVersion) -> "Registry":
         """The registry with this version in its expert's place, or added last."""

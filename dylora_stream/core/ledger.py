@@ -41,7 +41,7 @@ class RowState(StrEnum):
     UNLABELLED = "unlabelled"  # novel, without a right answer so far
     CLUSTERED = "clustered"  # in a cluster's buffer
     ASSIGNED = "assigned"  # belongs to an expert
-    SETTLED = "settled"  # of a skill the backbone already has, or one that cannot be learned
+    SETTLED = "settled"  # of a skill the backbone has, one that cannot be learned, or a retired expert's
 
 
 class ClusterState(StrEnum):

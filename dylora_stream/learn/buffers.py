@@ -129,6 +129,12 @@ class Buffers:
         owned = replace(row, state=RowState.ASSIGNED, expert_id=expert_id, is_trained=is_trained)
         self.put(owned, changes)
 
+    def dismiss(self, expert_id: str, rows: Mapping[str, LedgerRow]) -> None:
+        """An expert is gone; its rows, as they are from now on, stand for nobody."""
+        self.rows |= rows
+        for online in self._online.values():
+            online.dismiss(expert_id)
+
     def settle(self, cluster_id: str, changes: Changes) -> None:
         """A cluster that will have no expert; its rows stay where they are, so that their like is recognised."""
         for row in self.members(cluster_id):

@@ -3,6 +3,7 @@
     take       samples and late answers: a row an expert knows is that expert's; a new one waits for its sketch
     next_job   the one thing worth a child now, see `learn.agenda`
     finish     what a child brought back: sketches are clustered; an expert goes live, or its cluster backs off
+    retire     an expert that an operator takes out
 
 Each returns `Changes`, to be committed before anything of it is told to anyone; the curator's memory moves with
 them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
@@ -37,6 +38,7 @@ from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
 from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord
+from dylora_stream.learn.retirement import retirement
 
 __all__ = ["Curator", "CuratorConfig"]
 
@@ -287,6 +289,20 @@ class Curator:
         numbers = {"attempts": rejections}
         self._tell(EventType.CLUSTER_UNLEARNABLE, cluster.cluster_id, "unlearnable", changes, numbers)
         self._buffers.settle(cluster.cluster_id, changes)
+
+    # ── retire ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def retire(self, expert_id: str) -> Changes:
+        """An operator takes the expert out of service; nothing changes where it is gone already."""
+        version = self.registry.expert(expert_id)
+        if version is None:
+            return Changes()
+        rows, now_ms = self._buffers.rows.values(), self._clock.now_ms()
+        changes = retirement(version, self.registry, rows, self._codec, now_ms)
+        self.registry = self.registry.without(expert_id)
+        self._buffers.dismiss(expert_id, changes.rows)
+        self._knowledge.refresh(self.registry)
+        return changes
 
     # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -4,7 +4,7 @@ The order of a step:
 
     1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
-    3  what the child said is decided about and committed the same way
+    3  experts that an operator retires, and what the child said, are decided about and committed the same way
     4  the next job's folder is written, its start committed, and then the child is told
     5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
     6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
@@ -15,8 +15,9 @@ Torch is never imported here; all that needs the backbone is the child's.
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import structlog
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file
 from dylora_stream.core.clustering import Reference
 from dylora_stream.core.errors import BadRecord, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
-from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
+from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
 from dylora_stream.core.messages import Feedback, RawRecord, Sample
 from dylora_stream.core.ports import (
@@ -39,12 +40,11 @@ from dylora_stream.core.ports import (
     Sink,
     Source,
 )
-from dylora_stream.core.recipes import Recipe
-from dylora_stream.learn.agenda import JobRequest
 from dylora_stream.learn.curator import Curator
 from dylora_stream.learn.jobs import job_digest, read_report, write_job
+from dylora_stream.learn.training import Training
 
-__all__ = ["LearnConfig", "LearnMetrics", "LearnPorts", "LearnService", "Training"]
+__all__ = ["LearnConfig", "LearnFolders", "LearnMetrics", "LearnPorts", "LearnService"]
 
 log = structlog.get_logger(__name__)
 
@@ -64,19 +64,6 @@ class LearnConfig:
             raise ValueError("batch_records and threads must be at least 1")
         if not 0 <= self.niceness <= 19:
             raise ValueError(f"niceness must lie between 0 and 19, not {self.niceness}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What every training job carries: recipes, the check's numbers, and whose model it is."""
-
-    seeding: Recipe
-    consolidation: Recipe
-    check: Mapping[str, float]
-    backbone: str
-    feature_space: str
-    prompt_template: str
-    rank: int
 
 
 class LearnMetrics(Protocol):
@@ -141,12 +128,17 @@ class LearnService:
         self._resume: deque[JobRecord] = deque()
         self._running: JobRecord | None = None
         self._progress_told = 0.0
+        self._leaving: SimpleQueue[str] = SimpleQueue()  # experts to retire, asked for from other threads
         self.is_ready = False
         self._is_draining = False
 
     def drain(self) -> None:
         """Finish the step at hand, then leave `run`. Callable from a signal handler."""
         self._is_draining = True
+
+    def retire(self, expert_id: str) -> None:
+        """Take an expert out of service with the next step. Callable from any thread. Raises ExpertUnknown."""
+        self._leaving.put(self._curator.registry.named(expert_id).expert_id)
 
     def run(self) -> None:
         """Learn until drained; a BrokerError or StoreError ends it."""
@@ -171,6 +163,8 @@ class LearnService:
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
         self._take(batch.records, batch.checkpoint)
+        while not self._leaving.empty():
+            self._commit(self._curator.retire(self._leaving.get()))
         for update in self._ports.child.updates():
             self._hear(update)
         if self._running is None and self._ports.child.is_idle:
@@ -252,6 +246,8 @@ class LearnService:
             self._read_reference()
             sketches = load_file(result / "sketches.safetensors")["sketches"]
             return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
+        if job.kind is JobKind.CONSOLIDATE and self._curator.registry.expert(job.expert_id or "") is None:
+            return self._curator.failed(job, "its expert was retired meanwhile")
         report = read_report(result)
         decision = str(report["decision"])
         self._ports.metrics.job_ended(job.kind, decision)
@@ -268,33 +264,13 @@ class LearnService:
 
     def _new_registry(self, job: JobRecord, report: Mapping[str, Any], result: Path) -> Registry:
         """The registry with the job's version in it; its files are in the store before anyone hears of them."""
-        served = self._curator.registry.expert(job.expert_id or "")
-        skill_id = served.skill_id if served else f"s-{job.cluster_id}"
-        version = ExpertVersion(
-            expert_id=job.expert_id or "",
-            skill_id=skill_id,
-            version=job.version,
-            parent=served.version if served else None,
-            storage=self._ports.store.put(result / "expert"),
-            maturity=served.maturity if served else Maturity.NASCENT,
-            tenant=job.tenant,
-            lora_config=report.get("lora_config", {}),
-            trained_on={
-                "job": job.job_id,
-                "rows": len(job.positions),
-                "rows_sha256": report.get("rows_sha256", ""),
-            },
-            metrics={
-                key: value
-                for key, value in report.get("heldout", {}).items()
-                if isinstance(value, int | float)
-            },
-            prompt_template=self._training.prompt_template,
-        )
-        router = self._ports.store.put(result / "router") if (result / "router").is_dir() else None
+        registry, store = self._curator.registry, self._ports.store
+        served = registry.expert(job.expert_id or "")
+        version = self._training.version(job, report, served, store.put(result / "expert"))
+        router = store.put(result / "router") if (result / "router").is_dir() else None
         return replace(
-            self._curator.registry.with_expert(version),
-            router=router or self._curator.registry.router,
+            registry.with_expert(version),
+            router=router or registry.router,
             feature_space=self._training.feature_space,
             backbone=self._training.backbone,
         )
@@ -308,7 +284,11 @@ class LearnService:
         request = self._curator.next_job()
         if request is None:
             return
-        description = self._describe(request)
+        description = {
+            **self._training.description(request, self._curator.registry, self._ports.store),
+            "seed": self._config.seed,
+            "threads": self._config.threads,
+        }
         job_id = job_digest(description, request.rows)
         changes = self._curator.start(request, job_id)
         job = changes.jobs[job_id]
@@ -335,39 +315,6 @@ class LearnService:
         )
         self._running, self._progress_told = job, 0.0
         self._ports.child.submit(folder)
-
-    def _describe(self, request: JobRequest) -> dict[str, Any]:
-        """All that the job's result depends on, besides its rows."""
-        registry = self._curator.registry
-        recipe = (
-            self._training.consolidation if request.kind is JobKind.CONSOLIDATE else self._training.seeding
-        )
-        served = registry.expert(request.expert_id) if request.expert_id else None
-        return {
-            "kind": request.kind,
-            "tenant": request.tenant,
-            "parent": served.version if served else None,
-            "skill_id": served.skill_id if served else f"s-{request.cluster_id}",
-            "seed": self._config.seed,
-            "threads": self._config.threads,
-            "recipe": asdict(recipe),
-            "rank": self._training.rank,
-            "check": dict(self._training.check),
-            "backbone": self._training.backbone,
-            "registry": {
-                "experts": [
-                    {
-                        "expert_id": version.expert_id,
-                        "version": version.version,
-                        "folder": str(self._ports.store.open(version.storage)),
-                        "maturity": version.maturity,
-                        "tenant": version.tenant,
-                    }
-                    for version in registry.experts
-                ],
-                "router": str(self._ports.store.open(registry.router)) if registry.router else None,
-            },
-        }
 
     # ── 5, 6: the outbox ─────────────────────────────────────────────────────────────────────────────────────────────
 

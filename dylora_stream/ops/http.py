@@ -1,10 +1,11 @@
-"""The operator's HTTP port: metrics, health, and "is this input new?".
+"""The operator's HTTP port: metrics, health, "is this input new?", and taking an expert out of service.
 
-    GET  /metrics    Prometheus text
-    GET  /healthz    200 while the process works, 503 with the reason when it should be restarted
-    GET  /readyz     200 when it takes records, 503 before
-    GET  /stats      what this role holds, as JSON
-    POST /novelty    {"input": "...", "tenant"?: "..."} -> {"score", "p_value", "entropy", "nearest", "is_novel"}
+    GET  /metrics           Prometheus text
+    GET  /healthz           200 while the process works, 503 with the reason when it should be restarted
+    GET  /readyz            200 when it takes records, 503 before
+    GET  /stats             what this role holds, as JSON
+    POST /novelty           {"input": "...", "tenant"?: "..."} -> {"score", "p_value", "entropy", "nearest", "is_novel"}
+    POST /experts/retire    {"expert": "..."} -> 202; as application/json only, which no page of another site may send
 
 A thread of the standard library's server; it knows no Kafka and no model, only the callables that it is given. Those
 are called from its threads: whoever gives a `score` that is not thread-safe wraps it. It has no authentication, so it
@@ -20,7 +21,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from dylora_stream.core.errors import BadRecord, DyloraError, SettingsError
+from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, SettingsError
 from dylora_stream.core.messages import DEFAULT_TENANT, Novelty
 
 __all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes"]
@@ -65,15 +66,17 @@ class Health:
 
 
 Score = Callable[[str, str], Novelty]  # input, tenant; raises BadRecord for an input that cannot be scored
+Retire = Callable[[str], None]  # an expert's id; raises ExpertUnknown; done soon after it returns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRoutes:
-    """What the port shows. `score` is None in a role that has no model."""
+    """What the port shows. `score` is None in a role that has no model, `retire` in one that decides nothing."""
 
     health: Callable[[], Health]
     metrics: Callable[[], bytes]
     score: Score | None = None
+    retire: Retire | None = None
     stats: Callable[[], Mapping[str, Any]] = dict
 
 
@@ -147,16 +150,22 @@ class _Exchange(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, self.routes.stats())
         else:
             self._refuse(
-                HTTPStatus.NOT_FOUND, "there is GET /metrics, /healthz, /readyz, /stats and POST /novelty"
+                HTTPStatus.NOT_FOUND,
+                "there is GET /metrics, /healthz, /readyz, /stats and POST /novelty, /experts/retire",
             )
 
     def do_POST(self) -> None:
-        """The novelty of one input."""
-        if self.path.partition("?")[0] != "/novelty":
-            self._refuse(HTTPStatus.NOT_FOUND, "there is POST /novelty only")
-            return
+        """The novelty of one input; an expert's end."""
+        path = self.path.partition("?")[0]
         try:
-            self._send_json(HTTPStatus.OK, asdict(self._scored()))
+            if path == "/novelty":
+                self._send_json(HTTPStatus.OK, asdict(self._scored()))
+            elif path == "/experts/retire":
+                self._send_json(HTTPStatus.ACCEPTED, {"retiring": self._retired()})
+            else:
+                self._refuse(HTTPStatus.NOT_FOUND, "there is POST /novelty and /experts/retire")
+        except ExpertUnknown as error:
+            self._refuse(HTTPStatus.NOT_FOUND, str(error))
         except _Refused as refused:
             self._refuse(refused.status, str(refused))
         except BadRecord as error:
@@ -171,6 +180,18 @@ class _Exchange(BaseHTTPRequestHandler):
         if not self.routes.health().is_ready:
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is not ready yet")
         return self.routes.score(text, tenant)
+
+    def _retired(self) -> str:
+        if self.headers.get_content_type() != "application/json":
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send it as Content-Type: application/json")
+        document = _document(self._body(), '{"expert": "id"}')
+        expert = document.get("expert")
+        if not isinstance(expert, str) or document.keys() != {"expert"}:
+            raise _Refused(HTTPStatus.BAD_REQUEST, 'send {"expert": "id"}, and nothing else')
+        if self.routes.retire is None:
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this role has no say in it; ask the learn worker")
+        self.routes.retire(expert)
+        return expert
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -212,18 +233,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _question(body: bytes) -> tuple[str, str]:
-    """Input and tenant of a POST /novelty."""
-    expected = 'send {"input": "text", "tenant"?: "name"} as UTF-8 JSON'
+def _document(body: bytes, form: str) -> dict[str, Any]:
+    """The JSON object of a POST."""
     try:
         document = json.loads(body)
     except ValueError as error:
-        raise _Refused(HTTPStatus.BAD_REQUEST, f"not JSON ({error}); {expected}") from error
-    if (
-        not isinstance(document, dict)
-        or not isinstance(document.get("input"), str)
-        or not document["input"].strip()
-    ):
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"not JSON ({error}); send {form} as UTF-8 JSON") from error
+    if not isinstance(document, dict):
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"not an object; send {form} as UTF-8 JSON")
+    return document
+
+
+def _question(body: bytes) -> tuple[str, str]:
+    """Input and tenant of a POST /novelty."""
+    form = '{"input": "text", "tenant"?: "name"}'
+    document, expected = _document(body, form), f"send {form} as UTF-8 JSON"
+    if not isinstance(document.get("input"), str) or not document["input"].strip():
         raise _Refused(HTTPStatus.BAD_REQUEST, f"`input` must be a non-empty text; {expected}")
     tenant = document.get("tenant", DEFAULT_TENANT)
     if not isinstance(tenant, str) or not tenant:

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from dylora_stream.bootstrap.parts import open_ledger
 from dylora_stream.bootstrap.tools import newest_registry
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
+from dylora_stream.core.ledger import Changes
 from dylora_stream.core.messages import RawRecord, Topic
 from dylora_stream.settings import Settings, load_settings
 from dylora_stream.stream.source import KafkaChangelog
@@ -107,3 +111,23 @@ def test_without_experts_the_commands_say_so(command: Command, settings: Setting
     assert newest_registry(settings).experts == ()
     assert "backbone answers alone" in command("experts", "list")
     assert "none yet" in command("experts", "show", "e1", code=1)
+
+
+def test_an_expert_is_retired_while_nothing_runs(command: Command, settings: Settings) -> None:
+    """Also one whose files are gone: the database has it, and what the workers are to hear waits in its outbox."""
+    damaged = ExpertVersion(
+        expert_id="e-1",
+        skill_id="s",
+        version=1,
+        parent=None,
+        storage=StoredFolder(path="gone", sha256="0"),
+        maturity=Maturity.MATURE,
+    )
+    with closing(open_ledger(settings)) as ledger:
+        ledger.commit(Changes(registry=Registry().with_expert(damaged)))
+    assert "there are: e-1" in command("experts", "retire", "e-2", "--yes", code=1)
+    assert "when learn starts" in command("experts", "retire", "e-1", "--yes")
+    with closing(open_ledger(settings)) as ledger:
+        assert ledger.load().registry.experts == ()
+        keys = [message.key for _, message in ledger.outbox() if message.topic is Topic.EXPERTS]
+    assert keys == [b"e-1", b"registry"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from daemons import Daemon, command, count_fates, embedded_settings, has_fate, listen, until
+from daemons import Daemon, count_fates, embedded_settings, has_fate, listen, until
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +53,7 @@ class Played:
 
     rows: list[dict[str, str]]  # as recorded
     positions: list[str]  # of the rows, in order
+    last: list[str]  # of links that were sent again once the expert was retired
     heard: bootstrap.Heard
     fates: Counter[str]  # how often each position ended, as a fresh reader counts
     expert: ExpertVersion
@@ -93,6 +94,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the real backbone is not here: {error}")
 
 
+def retire_and_send(daemon: Daemon, traffic: bootstrap.Traffic, rows: Sequence[dict[str, str]]) -> list[str]:
+    """Positions of rows that are sent once serve works without the expert."""
+    retired = daemon.command("experts", "retire", "e-", "--yes")
+    assert "is being retired" in retired.stdout, retired.stderr
+    until(lambda: not newest_registry(daemon.settings).experts)
+    number = newest_registry(daemon.settings).number
+    until(lambda: json.loads(daemon.ask("/healthz")[1])["registry"] >= number)
+    return traffic.send(list(rows))
+
+
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Played:
     """The stream, played once: its first part until an expert of it is served, then the second."""
@@ -111,17 +122,18 @@ def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Played:
             positions = [f"{settings.kafka.topic(Topic.REQUESTS)}:0:{offset}" for offset in range(FIRST)]
             positions += traffic.send(rows[FIRST:])
             listen(traffic, heard, lambda heard: has_fate(heard, positions))
-        (expert,) = newest_registry(settings).experts
-        exported = command(
-            "experts", "export", "e-", str(folder / "expert"), *settings.arguments, folder=folder
-        )
-        assert exported.returncode == 0, exported.stderr
+            (expert,) = newest_registry(settings).experts
+            exported = daemon.command("experts", "export", "e-", str(folder / "expert"))
+            assert exported.returncode == 0, exported.stderr
+            last = retire_and_send(daemon, traffic, [row for row in rows if is_link(row["input"])][-4:])
+            listen(traffic, heard, lambda heard: has_fate(heard, last))
         ledger = open_ledger(settings)
         trained_on = ledger.training_rows(expert.expert_id, expert.version)
         ledger.close()
         return Played(
             rows=rows,
             positions=positions,
+            last=last,
             heard=heard,
             fates=count_fates(settings),
             expert=expert,
@@ -133,7 +145,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Played:
 
 def test_every_record_was_answered_once(played: Played) -> None:
     """By position, and none became a dead letter."""
-    assert played.fates == Counter(played.positions)
+    assert played.fates == Counter(played.positions + played.last)
     assert not played.heard.dead_letters
 
 
@@ -159,6 +171,13 @@ def test_later_records_of_the_skill_are_answered_better(played: Played) -> None:
     after = exact(played.replies(since=FIRST, before=len(played.rows)))
     assert before <= 0.1
     assert after >= before + 0.2
+
+
+def test_a_retired_expert_answers_nothing_more(played: Played) -> None:
+    """The command told the running learn, serve dropped the expert, and its kind is the backbone's again."""
+    assert "expert.retired" in [event.type for event in played.heard.events]
+    results = {result.position: result for result in played.heard.results}
+    assert {results[position].policy for position in played.last} == {"backbone"}
 
 
 def test_the_exact_training_rows_are_listed_from_the_ledger(played: Played) -> None:

@@ -197,6 +197,22 @@ def test_a_new_expert_leaves_the_answers_of_others_rows_unchanged(
         assert torch.equal(weight, before_weights[name])
 
 
+def test_an_expert_that_left_answers_no_more(world: World, answerer: MixtureAnswerer) -> None:
+    """A registry without it serves as on a worker that never had it; its rows are nobody's."""
+    first, second = world.expert("digits"), world.expert("marks")
+    answerer.activate(world.registry(first, second))
+    answerer.activate(world.registry(first))
+    fresh = world.answerer()
+    fresh.activate(world.registry(first))
+    rows = ask(*texts("digits", 3, seed=1), *texts("marks", 3, seed=1))
+    left, never = answerer.answer(rows), fresh.answer(rows)
+    fresh.close()
+    assert [(each.output, each.policy, each.weights) for each in left] == [
+        (each.output, each.policy, each.weights) for each in never
+    ]
+    assert all(set(shares(answer)) <= {"digits", None} for answer in left)
+
+
 def test_a_batch_answers_as_its_rows_do_one_by_one(world: World, answerer: MixtureAnswerer) -> None:
     """Batches, their order and their padding do not show in the answers."""
     answerer.activate(

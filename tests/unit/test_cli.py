@@ -16,15 +16,14 @@ import typer
 from typer.testing import CliRunner
 
 from dylora_stream.cli import app
-from dylora_stream.cli.views import _find
 from dylora_stream.core.errors import DyloraError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 
 COMMANDS = [
     ("run",), ("broker",), ("produce",), ("replay",), ("score",), ("doctor",), ("config", "show"), ("model", "fetch"),
     ("version",), ("demo",), ("bench", "throughput"), ("bench", "continual"), ("bench", "novelty"),
-    ("experts", "list"), ("experts", "show"), ("experts", "export"), ("samples", "stats"), ("topics", "list"),
-    ("topics", "create"), ("child",),
+    ("experts", "list"), ("experts", "show"), ("experts", "export"), ("experts", "retire"), ("samples", "stats"),
+    ("topics", "list"), ("topics", "create"), ("child",),
 ]  # fmt: skip
 
 
@@ -199,11 +198,11 @@ def registry(*names: str) -> Registry:
 def test_an_expert_is_found_by_the_beginning_of_its_id() -> None:
     """Exact ids win; what fits several, or none, is answered with the choice."""
     known = registry("alpha", "alpha-2", "beta")
-    assert _find(known, "b").expert_id == "beta"
-    assert _find(known, "alpha").expert_id == "alpha"
+    assert known.named("b").expert_id == "beta"
+    assert known.named("alpha").expert_id == "alpha"
     with pytest.raises(DyloraError, match="alpha, alpha-2"):
-        _find(known, "alph")
+        known.named("alph")
     with pytest.raises(DyloraError, match="no expert is called 'x'"):
-        _find(known, "x")
+        known.named("x")
     with pytest.raises(DyloraError, match="none yet"):
-        _find(registry(), "x")
+        registry().named("x")

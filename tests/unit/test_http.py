@@ -3,13 +3,13 @@
 import http.client
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from dylora_stream.core.errors import BadRecord, DyloraError, SettingsError, StoreError
+from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, SettingsError, StoreError
 from dylora_stream.core.messages import Novelty
 from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import probe_port
@@ -30,12 +30,18 @@ def novelty_of(text: str, tenant: str) -> Novelty:
 
 
 @contextmanager
-def port(health: Health = READY, score: Score | None = novelty_of, **config: Any) -> Iterator[HttpPort]:
+def port(
+    health: Health = READY,
+    score: Score | None = novelty_of,
+    retire: Callable[[str], None] | None = None,
+    **config: Any,
+) -> Iterator[HttpPort]:
     """A port on a free number, closed afterwards."""
     routes = HttpRoutes(
         health=lambda: health,
         metrics=lambda: b"dylora_x 1\n",
         score=score,
+        retire=retire,
         stats=lambda: {"rows": {"waiting": 2}},
     )
     opened = HttpPort(HttpConfig(port=0, **config), routes)
@@ -102,7 +108,7 @@ def test_stats_are_shown() -> None:
     [
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
-        (b"[1]", 400, "`input`"),
+        (b"[1]", 400, "not an object"),
         (b'{"input": 3}', 400, "`input`"),
         (b'{"input": "  "}', 400, "`input`"),
         (b'{"input": "x", "tenant": 3}', 400, "`tenant`"),
@@ -141,6 +147,39 @@ def test_a_role_without_model_or_not_ready_does_not_score() -> None:
         assert call(opened, "POST", "/novelty", body)[0] == 503
     with port(Health(is_alive=True, is_ready=False)) as opened:
         assert call(opened, "POST", "/novelty", body)[0] == 503
+
+
+def test_an_expert_is_retired_by_name() -> None:
+    """The role is told which, and the caller that it was accepted; one that nobody knows is 404."""
+    asked: list[str] = []
+
+    def retire(expert: str) -> None:
+        if expert != "e-1":
+            raise ExpertUnknown("there are: e-1")
+        asked.append(expert)
+
+    with port(retire=retire) as opened:
+        assert ask(f"{opened.address}/experts/retire", {"expert": "e-1"}) == {"retiring": "e-1"}
+        assert asked == ["e-1"]
+        with pytest.raises(DyloraError, match="there are: e-1"):
+            ask(f"{opened.address}/experts/retire", {"expert": "e-2"})
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b'{"expert": "e-1"}', "text/plain", 415),
+        (b'{"expert": 3}', "application/json", 400),
+        (b'{"expert": "e-1", "all": true}', "application/json", 400),
+        (b"e-1", "application/json", 400),
+        (b'{"expert": "e-1"}', "application/json", 503),
+    ],
+)
+def test_an_expert_is_not_retired_by_accident(body: bytes, content_type: str, status: int) -> None:
+    """What a form of another site's page can send is refused, and so is what a role cannot do."""
+    with port() as opened:
+        headers = {"Content-Type": content_type}
+        assert call(opened, "POST", "/experts/retire", body, **headers)[0] == status
 
 
 def test_a_port_in_use_says_so() -> None:

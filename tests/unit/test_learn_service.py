@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ from learning import (
 )
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import TransactionAborted
+from dylora_stream.core.errors import ExpertUnknown, TransactionAborted
 from dylora_stream.core.events import EventType
-from dylora_stream.core.experts import ExpertVersion
-from dylora_stream.core.ledger import JobKind, RowState
+from dylora_stream.core.experts import ExpertVersion, Maturity
+from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
 from dylora_stream.core.messages import OutboundMessage, Position, Sample, Topic
 from dylora_stream.core.ports import Checkpoint
 from dylora_stream.core.recipes import CONSOLIDATION, SEEDING
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.learn.curator import Curator, CuratorConfig
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.service import LearnConfig, LearnFolders, LearnPorts, LearnService, Training
+from dylora_stream.learn.service import LearnConfig, LearnFolders, LearnPorts, LearnService
+from dylora_stream.learn.training import Training
 from dylora_stream.stream import codec
 from dylora_stream.testing import (
     ManualClock,
@@ -371,6 +372,30 @@ def test_a_running_job_without_its_folder_has_failed(workshop: Workshop) -> None
     assert "folder is gone" in workshop.events(EventType.TRAINING_FAILED)[0].data["error"]
     workshop.steps(10)
     assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
+
+
+def test_a_retired_expert_leaves_with_the_next_round(workshop: Workshop) -> None:
+    """Asked for by the beginning of its id, from any thread; manifest, registry and event are published."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    (expert,) = workshop.ledger.load().registry.experts
+    with pytest.raises(ExpertUnknown, match=expert.expert_id):
+        workshop.service.retire("nobody")
+    workshop.service.retire(expert.expert_id[:4])
+    workshop.steps(1)
+    manifest, registry = workshop.broker.records(Topic.EXPERTS)[-2:]
+    assert codec.decode_manifest(manifest) == replace(expert, maturity=Maturity.RETIRED)
+    assert codec.decode_registry(registry).experts == ()
+    assert [event.entity for event in workshop.events(EventType.EXPERT_RETIRED)] == [expert.expert_id]
+
+
+def test_a_new_version_of_a_retired_expert_is_not_taken(workshop: Workshop) -> None:
+    """Its training was under way: it failed, and the expert does not come back."""
+    job = JobRecord(
+        job_id="j", kind=JobKind.CONSOLIDATE, tenant="default", created_ms=0, positions=(), expert_id="gone"
+    )
+    changes = workshop.service._finish(job, workshop.folder)
+    assert (changes.jobs["j"].state, changes.registry) == (JobState.FAILED, None)
 
 
 def test_a_childs_error_is_an_event_and_backs_off(workshop: Workshop) -> None:

@@ -32,7 +32,8 @@ from dylora_stream.core.messages import (
 )
 from dylora_stream.learn.curator import Curator, CuratorConfig
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService, Training
+from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService
+from dylora_stream.learn.training import Training
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import feature_space
 from dylora_stream.model.jobs import run_job
