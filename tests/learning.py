@@ -113,8 +113,9 @@ def told(changes: Changes, kind: EventType) -> list[Event]:
 class Desk:
     """A curator at work: what it decides is committed to a ledger, jobs are done by hand."""
 
-    def __init__(self, rules: LifecycleConfig = RULES) -> None:
+    def __init__(self, rules: LifecycleConfig = RULES, slots: int = 32) -> None:
         self.ledger, self.clock, self.rules = MemoryLedger(), ManualClock(), rules
+        self.slots = slots
         self.statistics: dict[str, ExpertStatistics] = {}
         self._offset = 0
         self.reopen()
@@ -122,7 +123,7 @@ class Desk:
     def reopen(self) -> None:
         """Another curator, from what the ledger has."""
         knowledge = Knowledge(lambda version: self.statistics[version.storage.sha256], MemoryIndex, NOVELTY)
-        config = CuratorConfig(lifecycle=self.rules, clustering=CLUSTERING)
+        config = CuratorConfig(lifecycle=self.rules, clustering=CLUSTERING, slots=self.slots)
         self.curator = Curator(self.ledger.load(), knowledge, CODEC, self.clock, config)
         self.curator.refer_to(REFERENCE)
 

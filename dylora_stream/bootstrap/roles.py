@@ -99,7 +99,9 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         clock, metrics = SystemClock(), Metrics(SystemClock())
         codec = WireCodec(source=f"/dylora/{identity.name}")
         knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
-        rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
+        rules = CuratorConfig(
+            lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
+        )
         curator = Curator(ledger.load(), knowledge, codec, clock, rules)
         ports = LearnPorts(
             source=_closing(

@@ -20,6 +20,7 @@ class EventType(StrEnum):
     CLUSTER_CREATED = "cluster.created"
     CLUSTER_MERGED = "cluster.merged"
     CLUSTER_AWAITING_LABELS = "cluster.awaiting_labels"
+    CLUSTER_HELD_BACK = "cluster.held_back"
     CLUSTER_UNLEARNABLE = "cluster.unlearnable"
     BUFFER_READY = "buffer.ready"
     TRAINING_STARTED = "training.started"

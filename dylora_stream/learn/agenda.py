@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dylora_stream.core.experts import Registry
-from dylora_stream.core.ledger import ClusterState, JobKind, JobRecord, LedgerRow, RowState
+from dylora_stream.core.ledger import ClusterRecord, ClusterState, JobKind, JobRecord, LedgerRow, RowState
 from dylora_stream.core.ports import Clock
 from dylora_stream.learn.buffers import Buffers
 from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, newest_distinct
@@ -32,8 +32,9 @@ class JobRequest:
 class Agenda:
     """What is to be done next, by the state of the buffers and the experts."""
 
-    def __init__(self, buffers: Buffers, rules: LifecycleConfig, clock: Clock) -> None:
-        self._buffers = buffers
+    def __init__(self, buffers: Buffers, rules: LifecycleConfig, clock: Clock, slots: int) -> None:
+        """slots: experts that serve can have live; one more would be trained for nobody."""
+        self._buffers, self._slots = buffers, slots
         self._rules = rules
         self._clock = clock
         self._sketching = BackOff(rules.sketch_after_s)
@@ -41,7 +42,11 @@ class Agenda:
 
     def next(self, registry: Registry) -> JobRequest | None:
         """The most useful job, or None."""
-        return self._sketch_job() or self._seed_job() or self._consolidation_job(registry)
+        return self._sketch_job() or self._seed_job(registry) or self._consolidation_job(registry)
+
+    def held_back(self, registry: Registry) -> list[ClusterRecord]:
+        """Clusters that would be experts, were there a place in the pool."""
+        return self._ready() if self._is_full(registry) else []
 
     def was_sketched(self) -> None:
         """A sketch job was done."""
@@ -68,13 +73,19 @@ class Agenda:
         rows = tuple(waiting[:SKETCHED_AT_ONCE])
         return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=rows)
 
-    def _seed_job(self) -> JobRequest | None:
-        for cluster in self._buffers.clusters.values():
-            if cluster.state is not ClusterState.OPEN:
-                continue
+    def _is_full(self, registry: Registry) -> bool:
+        return len(registry.experts) >= self._slots
+
+    def _ready(self) -> list[ClusterRecord]:
+        """Open clusters whose buffers are full."""
+        clusters = self._buffers.clusters.values()
+        return [each for each in clusters if each.state is ClusterState.OPEN and self._buffers.is_ready(each)]
+
+    def _seed_job(self, registry: Registry) -> JobRequest | None:
+        for cluster in [] if self._is_full(registry) else self._ready():
             members = self._buffers.members(cluster.cluster_id)
             rows = newest_distinct(members, self._rules.max_seed_rows)
-            if rows and self._buffers.is_ready(cluster):
+            if rows:
                 named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
                 return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
         return None

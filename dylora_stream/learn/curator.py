@@ -49,6 +49,8 @@ class CuratorConfig:
 
     lifecycle: LifecycleConfig
     clustering: ClusteringConfig
+    slots: int = 32
+    """Experts that serve can have live (`pool.slots`)."""
 
 
 class Curator:
@@ -65,7 +67,8 @@ class Curator:
         self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
         self._tracks: dict[str, TrackRecord] = {}
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
-        self._agenda = Agenda(self._buffers, config.lifecycle, clock)
+        self._agenda = Agenda(self._buffers, config.lifecycle, clock, config.slots)
+        self._told_held_back: set[str] = set()  # clusters of which it was said that the pool has no place
         knowledge.refresh(self.registry)
         for row in state.rows:
             self._remember(row)
@@ -200,7 +203,16 @@ class Curator:
         for tenant in self._buffers.tenants():
             self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
         self._buffers.expire(self._rules.expire_after_ms, self._clock.now_ms(), changes)
+        self._tell_held_back(changes)
         return changes
+
+    def _tell_held_back(self, changes: Changes) -> None:
+        """Said once of each cluster that waits for a place: retire an expert, or raise `pool.slots`."""
+        for cluster in self._agenda.held_back(self.registry):
+            if cluster.cluster_id not in self._told_held_back:
+                self._told_held_back.add(cluster.cluster_id)
+                told = {"experts": len(self.registry.experts), "tenant": cluster.tenant}
+                self._tell(EventType.CLUSTER_HELD_BACK, cluster.cluster_id, "held_back", changes, told)
 
     def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:
         """A training job is done; `registry` holds the new version where the check let it through."""

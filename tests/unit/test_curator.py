@@ -256,6 +256,22 @@ def test_what_joined_a_retired_expert_joins_it_no_more() -> None:
     assert {row.expert_id for row in desk.rows if row.state is not RowState.SETTLED} == {None}
 
 
+def test_a_full_pool_seeds_nothing_until_an_expert_is_retired() -> None:
+    """An expert that cannot be served is not trained; it is said once, and the rows wait."""
+    desk = Desk(slots=1)
+    old = desk.grow_expert("apple")
+    desk.take(texts("bolt", 0, RULES.rows_to_seed))
+    desk.clock.advance(RULES.sketch_after_s)
+    changes = desk.sketch()
+    (cluster,) = [each for each in desk.clusters if each.state is ClusterState.OPEN]
+    assert [event.entity for event in told(changes, EventType.CLUSTER_HELD_BACK)] == [cluster.cluster_id]
+    assert desk.curator.next_job() is None
+    desk.take(texts("bolt", 50, 50 + RULES.sketch_rows))
+    assert not told(desk.sketch(), EventType.CLUSTER_HELD_BACK)
+    desk.commit(desk.curator.retire(old))
+    assert desk.start().kind is JobKind.SEED
+
+
 def test_an_expert_matures_by_its_record() -> None:
     """Enough rows, enough of them right: `expert.matured`, `routing.changed`, and a registry that says so."""
     desk = Desk()

@@ -118,7 +118,9 @@ class StreamLearner:
         folder.mkdir(parents=True, exist_ok=True)
         store = FolderStore(str((folder / "experts").absolute()), folder / "cache")
         self._knowledge = knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
-        rules = CuratorConfig(lifecycle=settings.lifecycle, clustering=settings.clustering)
+        rules = CuratorConfig(
+            lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
+        )
         self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
         ports = LearnPorts(
