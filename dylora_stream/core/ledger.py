@@ -16,10 +16,11 @@ import numpy as np
 
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Registry
-from dylora_stream.core.messages import OutboundMessage
+from dylora_stream.core.messages import Feedback, OutboundMessage
 from dylora_stream.core.ports import Partition
 
 __all__ = [
+    "MOST_UNLABELLED",
     "Changes",
     "ClusterRecord",
     "ClusterState",
@@ -32,6 +33,11 @@ __all__ = [
     "LedgerSummary",
     "RowState",
 ]  # fmt: skip
+
+
+MOST_UNLABELLED = (
+    16_384  # rows without a right answer that are loaded; older ones wait for a late answer where they are
+)
 
 
 class RowState(StrEnum):
@@ -138,6 +144,12 @@ class Changes:
         default_factory=list
     )  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
+    forgotten: list[str] = field(
+        default_factory=list
+    )  # positions of rows that are deleted, after the upserts
+    unlabelled_before_ms: int | None = (
+        None  # rows without a right answer from before then are deleted as well
+    )
 
     def __bool__(self) -> bool:
         return bool(
@@ -148,12 +160,14 @@ class Changes:
             or self.registry
             or self.messages
             or self.positions
+            or self.forgotten
+            or self.unlabelled_before_ms is not None
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerState:
-    """Everything a curator needs to go on where the last one stopped."""
+    """Everything a curator needs to go on where the last one stopped; of rows without a right answer the newest."""
 
     rows: tuple[LedgerRow, ...] = ()
     clusters: tuple[ClusterRecord, ...] = ()
@@ -186,6 +200,9 @@ class Ledger(Protocol):
 
     def published(self, sequence: int) -> None:
         """Messages up to this sequence number are on the broker; forget them."""
+
+    def find(self, late: Feedback) -> LedgerRow | None:
+        """The row that a late answer is for, by its position or by request id and tenant."""
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """The exact rows that this version was trained on, in the order given to training."""

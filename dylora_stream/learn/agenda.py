@@ -64,7 +64,7 @@ class Agenda:
         self._vain_attempts.pop(expert_id, None)
 
     def _sketch_job(self) -> JobRequest | None:
-        waiting = self._buffers.in_state(RowState.WAITING)
+        waiting = self._buffers.rows.in_state(RowState.WAITING)
         if not waiting or self._clock.now_ms() < self._sketching.until_ms:
             return None
         waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
@@ -93,9 +93,8 @@ class Agenda:
     def _consolidation_job(self, registry: Registry) -> JobRequest | None:
         if self._is_filling():  # what nobody knows yet comes before what is known already
             return None
-        assigned = self._buffers.in_state(RowState.ASSIGNED)
         for version in registry.experts:
-            owned = [row for row in assigned if row.expert_id == version.expert_id]
+            owned = self._buffers.rows.of_expert(version.expert_id)
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
             if sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id):
                 named = {"tenant": version.tenant, "expert_id": version.expert_id}

@@ -1,12 +1,13 @@
 """Where every kept row is: waiting, in a cluster's buffer, or an expert's. The curator decides, this keeps the books.
 
 Each method that moves something writes it into the `Changes` at hand as well, so that memory and ledger move together.
+Rows that nothing can come of any more are not held for ever, see `learn.retention`.
 
 Invariant: a row is in one place: `RowState` says which, `cluster_id` and `expert_id` say whose.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,10 +15,13 @@ from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.clustering import OnlineClusters, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
 from dylora_stream.core.messages import Feedback, Sample
+from dylora_stream.learn.lifecycle import LifecycleConfig
+from dylora_stream.learn.retention import CLOSED, is_kept_on_disk, surplus
+from dylora_stream.learn.rows import Rows, by_age
 
-__all__ = ["CLOSED", "Buffers", "Moved", "row_of"]
+__all__ = ["Buffers", "Moved", "row_of"]
 
-CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
+SLACK_ROWS, SLACK_SHARE = 1024, 0.1  # by which rows grow until it is looked again which are too many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +37,12 @@ class Moved:
 class Buffers:
     """Rows and clusters of one learn process, all tenants."""
 
-    def __init__(self, state: LedgerState, config: ClusteringConfig, rows_wanted: int) -> None:
-        self.rows = {row.position: row for row in state.rows}
+    def __init__(self, state: LedgerState, config: ClusteringConfig, rules: LifecycleConfig) -> None:
+        self.rows = Rows(state.rows)
         self.clusters = {cluster.cluster_id: cluster for cluster in state.clusters}
         self._config = config
-        self._rows_wanted = rows_wanted
+        self._rules = rules
+        self._crowded_at = SLACK_ROWS  # rows from which they may be too many
         self._reference: Reference | None = None
         self._online: dict[str, OnlineClusters] = {}
         self._bring_all_back()
@@ -52,16 +57,10 @@ class Buffers:
         self._reference, self._online = reference, {}
         self._bring_all_back()
 
-    def in_state(self, state: RowState) -> list[LedgerRow]:
-        """Rows in a state, oldest first."""
-        found = [row for row in self.rows.values() if row.state is state]
-        return sorted(found, key=lambda row: (row.time_ms, row.position))
-
     def members(self, cluster_id: str) -> list[LedgerRow]:
         """A cluster's rows that no expert has taken, oldest first."""
         kept = (RowState.CLUSTERED, RowState.SETTLED)
-        found = [row for row in self.rows.values() if row.cluster_id == cluster_id and row.state in kept]
-        return sorted(found, key=lambda row: (row.time_ms, row.position))
+        return [row for row in self.rows.in_cluster(cluster_id) if row.state in kept]
 
     def is_ready(self, cluster: ClusterRecord) -> bool:
         """Whether its rows may become an expert: distinct ones enough, alike, not a flood.
@@ -76,7 +75,8 @@ class Buffers:
 
     def put(self, row: LedgerRow, changes: Changes) -> None:
         """A row as it is from now on."""
-        self.rows[row.position] = changes.rows[row.position] = row
+        changes.rows[row.position] = row
+        self.rows.put(row)
         if row.state is RowState.ASSIGNED:
             self._witness(row)
 
@@ -131,7 +131,8 @@ class Buffers:
 
     def dismiss(self, expert_id: str, rows: Mapping[str, LedgerRow]) -> None:
         """An expert is gone; its rows, as they are from now on, stand for nobody."""
-        self.rows |= rows
+        for row in rows.values():
+            self.rows.put(row)
         for online in self._online.values():
             online.dismiss(expert_id)
 
@@ -157,29 +158,45 @@ class Buffers:
         """The row that a late answer is for, by position or by the request's id."""
         if late.position is not None:
             return self.rows.get(str(late.position))
-        mine = (row for row in self.rows.values() if (row.request_id, row.tenant) == (late.id, late.tenant))
-        return next(mine, None)
+        return self.rows.of_request(late.id or "", late.tenant)
 
-    def expire(self, after_ms: int, now_ms: int, changes: Changes) -> None:
-        """Give up clusters without a new row for so long, by record time: an old stream that is read late is not old.
+    def expire(self, now_ms: int, changes: Changes) -> None:
+        """Give up clusters without a new row for too long, and rows that no answer came for, by record time: an old
+        stream that is read late is not old.
 
         No record is from later than `now_ms`, whatever its sender's clock says.
         """
         newest_ms = max((row.time_ms for row in self.rows.values()), default=now_ms)
-        before_ms = min(newest_ms, now_ms) - after_ms
+        before_ms = min(newest_ms, now_ms) - self._rules.expire_after_ms
         for online in self._online.values():
             for position in online.expired(before_ms):
                 self.put(replace(self.rows[position], state=RowState.SETTLED), changes)
                 online.forget([position])
+        changes.unlabelled_before_ms = before_ms
+        for row in self.rows.in_state(RowState.UNLABELLED):
+            if row.time_ms < before_ms:
+                self.rows.drop(row.position)
+
+    def tidy(self, now_ms: int, busy: Collection[str], changes: Changes) -> None:
+        """Let go of rows that are too many, once a good part more have come; `busy` ones are a running job's."""
+        if len(self.rows) < self._crowded_at:
+            return
+        self.expire(now_ms, changes)
+        for row in surplus(self.rows, self.clusters, 2 * self._rules.max_consolidate_rows, busy):
+            self.rows.drop(row.position)
+            self._of(row.tenant).forget([row.position])
+            if not is_kept_on_disk(row):
+                changes.forgotten.append(row.position)
+        self._crowded_at = round(len(self.rows) * (1 + SLACK_SHARE)) + SLACK_ROWS
 
     def age_s(self, now_ms: int) -> float:
         """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
-        waiting = [*self.in_state(RowState.WAITING), *self.in_state(RowState.CLUSTERED)]
+        waiting = [*self.rows.in_state(RowState.WAITING), *self.rows.in_state(RowState.CLUSTERED)]
         return (now_ms - min((row.time_ms for row in waiting), default=now_ms)) / 1000
 
     def summary(self) -> dict[str, Any]:
         """Rows by state, and each cluster with its rows; safe to call while another thread moves rows."""
-        rows, clusters = list(self.rows.values()), list(self.clusters.values())
+        rows, clusters = self.rows.values(), list(self.clusters.values())
         inputs: dict[str | None, list[str]] = {}
         for row in rows:
             inputs.setdefault(row.cluster_id, []).append(row.input)
@@ -207,7 +224,7 @@ class Buffers:
             tenant=row.tenant,
             state=ClusterState.OPEN,
             created_ms=row.time_ms,
-            rows_wanted=self._rows_wanted,
+            rows_wanted=self._rules.rows_to_seed,
         )
         self.put_cluster(cluster, changes)
         return (cluster,)
@@ -217,10 +234,10 @@ class Buffers:
 
         Rows in training are taken out again, so that the timeline has them; rows that were given up stay away.
         """
-        for row in self.in_state(RowState.ASSIGNED):
+        for row in self.rows.in_state(RowState.ASSIGNED):
             self._witness(row)
-        kept = [*self.in_state(RowState.CLUSTERED), *self.in_state(RowState.SETTLED)]
-        for row in sorted(kept, key=lambda row: (row.time_ms, row.position)):
+        kept = [*self.rows.in_state(RowState.CLUSTERED), *self.rows.in_state(RowState.SETTLED)]
+        for row in sorted(kept, key=by_age):
             if row.cluster_id is not None and row.state is self._state_in(row.cluster_id):
                 self._restore(row, row.cluster_id)
         for cluster in self.clusters.values():

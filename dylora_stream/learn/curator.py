@@ -64,7 +64,8 @@ class Curator:
         self._rules = config.lifecycle
         self._knowledge = knowledge
         self.registry: Registry = state.registry
-        self._buffers = Buffers(state, config.clustering, config.lifecycle.rows_to_seed)
+        self._buffers = Buffers(state, config.clustering, config.lifecycle)
+        self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
         self._tracks: dict[str, TrackRecord] = {}
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
         self._agenda = Agenda(self._buffers, config.lifecycle, clock, config.slots)
@@ -99,7 +100,17 @@ class Curator:
         for late in feedback:
             self._label(late, changes)
         self._promote_mature(changes)
+        self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
+
+    def remembers(self, late: Feedback) -> bool:
+        """Whether the row that a late answer is for is at hand."""
+        return self._buffers.find(late) is not None
+
+    def recall(self, row: LedgerRow) -> None:
+        """A row out of the ledger that has been waiting for an answer for long is at hand again."""
+        if row.state is RowState.UNLABELLED:
+            self._buffers.rows.put(row)
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""
@@ -118,7 +129,7 @@ class Curator:
 
     def _ask_for_labels(self, tenant: str, changes: Changes) -> None:
         """Said once a buffer's worth of new rows without a right answer has come, and at each doubling."""
-        rows = sum(row.tenant == tenant for row in self._buffers.in_state(RowState.UNLABELLED))
+        rows = sum(row.tenant == tenant for row in self._buffers.rows.in_state(RowState.UNLABELLED))
         if rows >= self._label_at[tenant]:
             self._label_at[tenant] = 2 * rows
             self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
@@ -167,6 +178,7 @@ class Curator:
             version=served.version + 1 if served else 1,
         )
         changes.jobs[job_id] = job
+        self._busy[job_id] = frozenset(job.positions)
         if request.cluster_id is not None:
             cluster = self._buffers.clusters[request.cluster_id]
             self._buffers.put_cluster(replace(cluster, state=ClusterState.TRAINING), changes)
@@ -193,7 +205,7 @@ class Curator:
     def sketched(self, job: JobRecord, sketches: Mapping[str, np.ndarray]) -> Changes:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
-        changes.jobs[job.job_id] = replace(job, state=JobState.DONE)
+        changes.jobs[job.job_id] = self._ended(job, JobState.DONE)
         self._agenda.was_sketched()
         for position, sketch in sketches.items():
             row = self._buffers.rows[position]
@@ -202,7 +214,7 @@ class Curator:
         self._reassign(changes)
         for tenant in self._buffers.tenants():
             self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
-        self._buffers.expire(self._rules.expire_after_ms, self._clock.now_ms(), changes)
+        self._buffers.expire(self._clock.now_ms(), changes)
         self._tell_held_back(changes)
         return changes
 
@@ -217,7 +229,7 @@ class Curator:
     def trained(self, job: JobRecord, report: Mapping[str, Any], registry: Registry | None) -> Changes:
         """A training job is done; `registry` holds the new version where the check let it through."""
         changes = Changes()
-        changes.jobs[job.job_id] = replace(job, state=JobState.DONE, report=report)
+        changes.jobs[job.job_id] = self._ended(job, JobState.DONE, report)
         expert_id = job.expert_id or ""
         self._tell(
             EventType.TRAINING_COMPLETED, expert_id, job.job_id, changes, {"job": job.job_id, **report}
@@ -234,7 +246,7 @@ class Curator:
     def failed(self, job: JobRecord, error: str) -> Changes:
         """A job ended without a result."""
         changes = Changes()
-        changes.jobs[job.job_id] = replace(job, state=JobState.FAILED, report={"error": error})
+        changes.jobs[job.job_id] = self._ended(job, JobState.FAILED, {"error": error})
         entity = job.expert_id or job.job_id
         self._tell(
             EventType.TRAINING_FAILED, entity, job.job_id, changes, {"job": job.job_id, "error": error}
@@ -243,6 +255,11 @@ class Curator:
             self._back_off(self._buffers.clusters[job.cluster_id], changes)
         self._agenda.was_in_vain(job)
         return changes
+
+    def _ended(self, job: JobRecord, state: JobState, report: Mapping[str, Any] | None = None) -> JobRecord:
+        """The job's record; its rows may be let go of again."""
+        self._busy.pop(job.job_id, None)
+        return replace(job, state=state, report=report or {})
 
     def _go_live(
         self, job: JobRecord, report: Mapping[str, Any], registry: Registry, changes: Changes
@@ -325,7 +342,7 @@ class Curator:
         waiting = [
             row
             for state in (RowState.WAITING, RowState.UNLABELLED, RowState.CLUSTERED)
-            for row in self._buffers.in_state(state)
+            for row in self._buffers.rows.in_state(state)
             if row.cluster_id not in training
         ]
         for tenant in sorted({row.tenant for row in waiting}):

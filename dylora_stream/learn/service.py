@@ -195,10 +195,19 @@ class LearnService:
             ahead = {
                 key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
             }
+            for late in feedback:
+                self._recall(late)
             usable = [sample for sample in samples if self._is_comparable(sample)]
             self._commit(self._curator.take(usable, feedback, ahead))
             self._positions |= ahead
             self._ports.metrics.sampled(usable)
+
+    def _recall(self, late: Feedback) -> None:
+        """The row of an answer that comes very late lies in the ledger alone."""
+        if not self._curator.remembers(late):
+            row = self._ports.ledger.find(late)
+            if row is not None:
+                self._curator.recall(row)
 
     def _is_comparable(self, sample: Sample) -> bool:
         """Features of another backbone or stem say nothing here; such a sample is left out, and said to be."""

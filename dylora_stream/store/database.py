@@ -22,6 +22,7 @@ import pyarrow as pa
 from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, StoreError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import (
+    MOST_UNLABELLED,
     Changes,
     ClusterRecord,
     ClusterState,
@@ -33,7 +34,7 @@ from dylora_stream.core.ledger import (
     LedgerSummary,
     RowState,
 )
-from dylora_stream.core.messages import OutboundMessage, Topic
+from dylora_stream.core.messages import Feedback, OutboundMessage, Topic
 from dylora_stream.core.ports import Partition
 
 __all__ = ["DatabaseConfig", "DuckLedger"]
@@ -118,7 +119,12 @@ class DuckLedger:
     def load(self) -> LedgerState:
         """See the port."""
         with database_errors(self.path):
-            rows = self._rows("SELECT * FROM rows ORDER BY time_ms, position")
+            rows = self._rows(
+                "SELECT * FROM rows WHERE state <> 'unlabelled' OR position IN "
+                "(SELECT position FROM rows WHERE state = 'unlabelled' ORDER BY time_ms DESC, position DESC LIMIT ?) "
+                "ORDER BY time_ms, position",
+                [MOST_UNLABELLED],
+            )
             clusters = [
                 _cluster(row) for row in self._dicts("SELECT * FROM clusters ORDER BY created_ms, cluster_id")
             ]
@@ -140,6 +146,7 @@ class DuckLedger:
 
     def _apply(self, changes: Changes) -> None:
         self._upsert("rows", [_row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
+        self._forget(changes)
         self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
         self._upsert("jobs", [_job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
         self._upsert("versions", [_version_values(version) for version in changes.versions], VERSION_SCHEMA)
@@ -155,6 +162,17 @@ class DuckLedger:
             self._db.execute(
                 "INSERT INTO outbox (topic, key, value, headers) VALUES (?, ?, ?, ?)",
                 [message.topic, message.key, message.value, headers],
+            )
+
+    def _forget(self, changes: Changes) -> None:
+        if changes.forgotten:
+            gone = pa.table({"position": changes.forgotten})
+            self._db.register("gone", gone)
+            self._db.execute("DELETE FROM rows WHERE position IN (SELECT position FROM gone)")
+            self._db.unregister("gone")
+        if changes.unlabelled_before_ms is not None:
+            self._db.execute(
+                "DELETE FROM rows WHERE state = 'unlabelled' AND time_ms < ?", [changes.unlabelled_before_ms]
             )
 
     def _upsert(self, table: str, values: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
@@ -186,6 +204,15 @@ class DuckLedger:
         """See the port."""
         with database_errors(self.path):
             self._db.execute("DELETE FROM outbox WHERE sequence <= ?", [sequence])
+
+    def find(self, late: Feedback) -> LedgerRow | None:
+        """See the port."""
+        where, values = "request_id = ? AND tenant = ?", [late.id, late.tenant]
+        if late.position is not None:
+            where, values = "position = ?", [str(late.position)]
+        with database_errors(self.path):
+            found = self._rows(f"SELECT * FROM rows WHERE {where} ORDER BY time_ms LIMIT 1", values)  # noqa: S608 - ours
+        return found[0] if found else None
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """See the port."""

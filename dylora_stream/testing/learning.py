@@ -9,6 +9,7 @@ from pathlib import Path
 from dylora_stream.core.errors import ExpertCorrupt
 from dylora_stream.core.experts import Registry, StoredFolder
 from dylora_stream.core.ledger import (
+    MOST_UNLABELLED,
     Changes,
     ClusterRecord,
     JobRecord,
@@ -16,10 +17,9 @@ from dylora_stream.core.ledger import (
     LedgerRow,
     LedgerState,
     LedgerSummary,
+    RowState,
 )
-from dylora_stream.core.messages import (
-    OutboundMessage,
-)
+from dylora_stream.core.messages import Feedback, OutboundMessage
 from dylora_stream.core.ports import JobUpdate, Partition
 
 __all__ = ["MemoryExpertStore", "MemoryLedger", "ScriptedChild"]
@@ -41,6 +41,9 @@ class MemoryLedger:
     def load(self) -> LedgerState:
         """See the port."""
         rows = sorted(self._rows.values(), key=lambda row: (row.time_ms, row.position))
+        unlabelled = [row.position for row in rows if row.state is RowState.UNLABELLED]
+        left_out = set(unlabelled[: max(len(unlabelled) - MOST_UNLABELLED, 0)])
+        rows = [row for row in rows if row.position not in left_out]
         running = tuple(job for job in self._jobs.values() if job.state is JobState.RUNNING)
         clusters = sorted(
             self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
@@ -52,6 +55,13 @@ class MemoryLedger:
         jobs = {(each.expert_id, each.version): str(each.trained_on.get("job")) for each in changes.versions}
         messages = list(enumerate(changes.messages, start=self._sequence + 1))
         self._rows |= changes.rows
+        before_ms = changes.unlabelled_before_ms
+        self._rows = {
+            position: row
+            for position, row in self._rows.items()
+            if position not in changes.forgotten
+            and not (row.state is RowState.UNLABELLED and before_ms is not None and row.time_ms < before_ms)
+        }
         self._clusters |= changes.clusters
         self._jobs |= changes.jobs
         self._versions |= jobs
@@ -71,6 +81,13 @@ class MemoryLedger:
     def published(self, sequence: int) -> None:
         """See the port."""
         self._outbox = [entry for entry in self._outbox if entry[0] > sequence]
+
+    def find(self, late: Feedback) -> LedgerRow | None:
+        """See the port."""
+        if late.position is not None:
+            return self._rows.get(str(late.position))
+        mine = (row for row in self._rows.values() if (row.request_id, row.tenant) == (late.id, late.tenant))
+        return next(mine, None)
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """See the port."""

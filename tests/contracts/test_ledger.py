@@ -25,7 +25,7 @@ from dylora_stream.core.ledger import (
     LedgerRow,
     RowState,
 )
-from dylora_stream.core.messages import OutboundMessage, Topic
+from dylora_stream.core.messages import Feedback, OutboundMessage, Position, Topic
 from dylora_stream.store.database import DuckLedger
 from dylora_stream.testing import MemoryLedger
 
@@ -149,6 +149,41 @@ def test_a_row_is_replaced_by_its_newest_state(ledger: Ledger) -> None:
     newer = row(1, state=RowState.ASSIGNED, expert_id="e-1")
     ledger.commit(Changes(rows={newer.position: newer}))
     assert_same_rows(list(reloaded(ledger).load().rows), [newer, row(2)])
+
+
+def test_forgotten_rows_are_gone(ledger: Ledger) -> None:
+    """Deleted after the upserts of the same commit; the others stay."""
+    rows = [row(1), row(2), row(3)]
+    ledger.commit(Changes(rows={each.position: each for each in rows}, forgotten=["requests:0:2"]))
+    assert_same_rows(list(reloaded(ledger).load().rows), [row(1), row(3)])
+
+
+def test_rows_that_waited_too_long_for_an_answer_are_deleted(ledger: Ledger) -> None:
+    """Rows without one from before a time; rows of other states stay."""
+    rows = [row(1, state=RowState.UNLABELLED), row(2), row(3, state=RowState.UNLABELLED)]
+    ledger.commit(Changes(rows={each.position: each for each in rows}))
+    ledger.commit(Changes(unlabelled_before_ms=row(3).time_ms))
+    assert_same_rows(list(reloaded(ledger).load().rows), rows[1:])
+
+
+def test_only_the_newest_rows_without_an_answer_are_loaded_and_all_are_found(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By position, and by request id and tenant; nobody else's."""
+    monkeypatch.setattr("dylora_stream.store.database.MOST_UNLABELLED", 1)
+    monkeypatch.setattr("dylora_stream.testing.learning.MOST_UNLABELLED", 1)
+    rows = [row(1, state=RowState.UNLABELLED), row(2), row(3, state=RowState.UNLABELLED)]
+    ledger.commit(Changes(rows={each.position: each for each in rows}))
+    ledger = reloaded(ledger)
+    assert_same_rows(list(ledger.load().rows), rows[1:])
+    by_position = Feedback(position=Position("requests", 0, 1), id=None, output="x")
+    by_id = Feedback(position=None, id="id-1", output="x", tenant="default")
+    for late in (by_position, by_id):
+        found = ledger.find(late)
+        assert found is not None
+        assert_same_rows([found], rows[:1])
+    assert ledger.find(replace(by_id, tenant="acme")) is None
+    assert ledger.find(replace(by_position, position=Position("requests", 0, 9))) is None
 
 
 def test_clusters_jobs_and_registry_come_back_equal(ledger: Ledger) -> None:

@@ -9,8 +9,10 @@ from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.clustering import OnlineClusters, Reclustered, Reference
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
 from dylora_stream.learn.buffers import Buffers
+from dylora_stream.learn.lifecycle import LifecycleConfig
 
 DIMENSIONS, SKETCH, ROWS_WANTED = 48, 24, 40
+RULES = LifecycleConfig(rows_to_seed=ROWS_WANTED, expire_after_days=500 / 86_400)
 PRIOR = Reference(
     input_mean=np.zeros(DIMENSIONS), input_std=np.ones(DIMENSIONS), sketch_mean=np.zeros(SKETCH)
 )
@@ -50,7 +52,7 @@ def skill(
 
 def buffers(state: LedgerState = LedgerState()) -> Buffers:  # noqa: B008 - it is frozen
     """Books opened on what a ledger has."""
-    books = Buffers(state, ClusteringConfig(), ROWS_WANTED)
+    books = Buffers(state, ClusteringConfig(), RULES)
     books.refer_to(PRIOR)
     return books
 
@@ -88,7 +90,7 @@ def test_rows_that_came_with_an_expert_are_its_own_and_their_cluster_has_ended()
     """In memory and in the ledger alike; told once, as a cluster that went to the expert."""
     books = buffers()
     late = late_template(books)
-    names = {row.cluster_id for row in books.in_state(RowState.CLUSTERED)}
+    names = {row.cluster_id for row in books.rows.in_state(RowState.CLUSTERED)}
     changes = Changes()
     moved = books.recluster("t", changes)
     assert {source for source, _ in moved.merged + moved.joined} == names
@@ -135,10 +137,10 @@ def test_rows_that_were_given_up_stay_away_after_a_restart() -> None:
         books.place(row, Changes())
     for row in skill(np.random.default_rng(9), "b", 1_000_000, 1):
         books.put(row, Changes())
-    books.expire(500_000, 2_000_000, Changes())
+    books.expire(2_000_000, Changes())
     again = restarted(books)
     assert not sum(len(online) for online in again._online.values())
-    assert len(again.in_state(RowState.SETTLED)) == 10
+    assert len(again.rows.in_state(RowState.SETTLED)) == 10
 
 
 def test_an_old_stream_that_is_read_late_is_not_given_up() -> None:
@@ -146,12 +148,12 @@ def test_an_old_stream_that_is_read_late_is_not_given_up() -> None:
     books = buffers()
     for row in skill(np.random.default_rng(10), "a", 0, 10):
         books.place(row, Changes())
-    books.expire(500_000, 90_000_000, Changes())
-    assert len(books.in_state(RowState.CLUSTERED)) == 10
+    books.expire(90_000_000, Changes())
+    assert len(books.rows.in_state(RowState.CLUSTERED)) == 10
     for row in skill(np.random.default_rng(11), "b", 90_000_000, 1):
         books.put(row, Changes())
-    books.expire(500_000, 20_000, Changes())
-    assert len(books.in_state(RowState.CLUSTERED)) == 10
+    books.expire(20_000, Changes())
+    assert len(books.rows.in_state(RowState.CLUSTERED)) == 10
 
 
 def test_rows_of_a_skill_that_needs_no_expert_are_recognised_after_a_restart() -> None:

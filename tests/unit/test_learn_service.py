@@ -347,6 +347,20 @@ def test_feedback_labels_a_row(workshop: Workshop) -> None:
     assert (row.output, row.state) == ("APPLE 1", RowState.WAITING)
 
 
+def test_feedback_labels_a_row_that_lies_in_the_ledger_alone(workshop: Workshop) -> None:
+    """Held no more because so many came after it: it is fetched, and waits for an expert."""
+    message = CODEC.encode_sample(sample("apple 1", 0, output=None))
+    workshop.broker.append(message.topic, message.value, message.key, message.headers)
+    workshop.steps(1)
+    (row,) = workshop.ledger.load().rows
+    workshop.service._curator._buffers.rows.drop(row.position)
+    answer = {"position": row.position, "output": "APPLE 1"}
+    workshop.broker.append(Topic.FEEDBACK, json.dumps(answer).encode(), b"k")
+    workshop.steps(1)
+    (row,) = workshop.ledger.load().rows
+    assert (row.output, row.state) == ("APPLE 1", RowState.WAITING)
+
+
 def test_a_running_job_is_taken_up_again_after_a_restart(workshop: Workshop) -> None:
     """The child died with its process; the same folder is given to the next one."""
     workshop.start(child=DyingChild)

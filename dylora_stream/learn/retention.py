@@ -1,0 +1,83 @@
+"""Which rows learn stops holding in memory, so that a daemon that runs for months stays as large as it was.
+
+    an expert's rows     the newest of each of the newest distinct texts, twice as many as a consolidation takes
+    without an answer    the newest `MOST_UNLABELLED`; older ones wait in the ledger for a late answer
+    waiting for one      the newest `MOST_WAITING`; clusters that got a row most recently keep theirs longest
+    settled              the newest `MOST_SETTLED` of skills that are recognised; the others at once
+
+A row of 2,812 numbers and its answer's sketch of 1,100 take 16 KB: 300 MB at each of the two larger limits. What was
+trained on stays in the ledger for ever, see `Ledger.training_rows`.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from dylora_stream.core.ledger import MOST_UNLABELLED, ClusterRecord, ClusterState, LedgerRow, RowState
+from dylora_stream.learn.rows import Rows, by_age
+
+__all__ = ["CLOSED", "MOST_SETTLED", "MOST_WAITING", "is_kept_on_disk", "surplus"]
+
+MOST_WAITING = 16_384
+MOST_SETTLED = 2_048  # what clusters compare a new row with
+CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
+
+
+def surplus(
+    rows: Rows, clusters: Mapping[str, ClusterRecord], per_expert: int, busy: Collection[str]
+) -> list[LedgerRow]:
+    """Rows to be held no more; `busy` positions are a running job's, and stay."""
+    found = [
+        *(
+            row
+            for expert_id in rows.owners()
+            for row in _repeated_or_old(rows.of_expert(expert_id), per_expert)
+        ),
+        *_all_but_newest(rows.in_state(RowState.UNLABELLED), MOST_UNLABELLED),
+        *_all_but_freshest([*rows.in_state(RowState.WAITING), *_in_open_clusters(rows, clusters)]),
+        *_settled(rows.in_state(RowState.SETTLED), clusters),
+    ]
+    return [row for row in found if row.position not in busy]
+
+
+def is_kept_on_disk(row: LedgerRow) -> bool:
+    """Whether the ledger keeps a row that is held no more: a version was trained on it, or it may get an answer."""
+    return row.is_trained or row.state is RowState.UNLABELLED
+
+
+def _repeated_or_old(owned: Sequence[LedgerRow], kept: int) -> Iterable[LedgerRow]:
+    """All but the newest row of each of the `kept` newest texts; owned: oldest first."""
+    newest = {row.input: row.position for row in owned}
+    last = sorted((row for row in owned if newest[row.input] == row.position), key=by_age)[-kept:]
+    staying = {row.position for row in last}
+    return (row for row in owned if row.position not in staying)
+
+
+def _all_but_newest(rows: Sequence[LedgerRow], kept: int) -> Sequence[LedgerRow]:
+    return rows[: max(len(rows) - kept, 0)]
+
+
+def _in_open_clusters(rows: Rows, clusters: Mapping[str, ClusterRecord]) -> list[LedgerRow]:
+    """Clustered rows but for those in training."""
+    return [
+        row
+        for row in rows.in_state(RowState.CLUSTERED)
+        if clusters[row.cluster_id or ""].state is not ClusterState.TRAINING
+    ]
+
+
+def _all_but_freshest(waiting: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+    """The rows of the clusters that have waited longest for another row, and of those the oldest."""
+    fed: dict[str, int] = {}
+    for row in waiting:
+        group = row.cluster_id or row.position
+        fed[group] = max(fed.get(group, row.time_ms), row.time_ms)
+    ordered = sorted(waiting, key=lambda row: (fed[row.cluster_id or row.position], *by_age(row)))
+    return _all_but_newest(ordered, MOST_WAITING)
+
+
+def _settled(rows: Sequence[LedgerRow], clusters: Mapping[str, ClusterRecord]) -> list[LedgerRow]:
+    """All that expired or were a retired expert's, and the oldest of the others."""
+    recognised = [
+        row for row in rows if row.cluster_id is not None and clusters[row.cluster_id].state in CLOSED
+    ]
+    kept = {row.position for row in recognised[-MOST_SETTLED:]}
+    return [row for row in rows if row.position not in kept]
