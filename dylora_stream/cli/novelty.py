@@ -41,6 +41,7 @@ MaxTokensOption = Annotated[
     int, typer.Option(min=8, help="Of a row, answer included; longer rows are passed over and counted.")
 ]
 DrawsOption = Annotated[int, typer.Option(min=1, help="Fresh splits over which false alarms are averaged.")]
+ScaleOption = Annotated[int, typer.Option(min=1, help="Rows that learn is fed, to see what it holds.")]
 SeedOption = Annotated[int, typer.Option(help="Of rows, splits and the stream.")]
 TrainOption = Annotated[
     bool, typer.Option("--train", help="Train the stream's experts and check them as the daemon does.")
@@ -50,7 +51,9 @@ TwinsOption = Annotated[
 ]
 OnlyOption = Annotated[
     str | None,
-    typer.Option(metavar="PART,…", help="Some of leave-one-out, alarms, stream, cost; else all of them."),
+    typer.Option(
+        metavar="PART,…", help="Some of leave-one-out, alarms, stream, cost, scale; else all of them."
+    ),
 ]
 WorkOption = Annotated[
     Path | None, typer.Option(help="Where what is read is kept; else bench/novelty in store.folder.")
@@ -69,6 +72,7 @@ def novelty(
     test_rows: TestRowsOption = 100,
     max_tokens: MaxTokensOption = 256,
     draws: DrawsOption = 20,
+    scale_rows: ScaleOption = 20_000,
     seed: SeedOption = 0,
     train: TrainOption = False,
     twins: TwinsOption = None,
@@ -104,6 +108,7 @@ def novelty(
         test_rows=rows or test_rows,
         max_tokens=max_tokens,
         draws=draws,
+        scale_rows=scale_rows,
         seed=seed,
         work=work,
         report=report,

@@ -71,7 +71,13 @@ def settings(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Se
 
 def asked(data: Path, tmp_path: Path, **changes: Any) -> NoveltyBenchConfig:
     """A quick run's configuration."""
-    values: dict[str, Any] = {"draws": 1, "train_rows": 32, "test_rows": 12, "work": tmp_path / "work"}
+    values: dict[str, Any] = {
+        "draws": 1,
+        "train_rows": 32,
+        "test_rows": 12,
+        "scale_rows": 2048,
+        "work": tmp_path / "work",
+    }
     return NoveltyBenchConfig(data=data, **values | changes)
 
 
@@ -113,6 +119,7 @@ def test_a_run_gives_every_figure_and_its_pictures(settings: Settings, data: Pat
     assert document["stream"]["tasks"] == 3
     assert document["cost_share"] > 0
     assert document["ms_per_record"] > 0
+    assert document["details"]["scale"]["rows"] == document["details"]["scale"]["held"] == 2048
     pictures = {"report-roc.png", "report-calibration.png", "report-clusters.png"}
     assert {file.name for file in path.parent.iterdir()} == pictures | {"report.json"}
 

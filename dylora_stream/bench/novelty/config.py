@@ -7,7 +7,7 @@ from dylora_stream.core.errors import SettingsError
 
 __all__ = ["ALPHAS", "PARTS", "NoveltyBenchConfig"]
 
-PARTS = ("leave-one-out", "alarms", "stream", "cost")
+PARTS = ("leave-one-out", "alarms", "stream", "cost", "scale")
 ALPHAS = (0.05, 0.01)  # promised false-alarm rates at which decisions are judged
 
 
@@ -33,6 +33,8 @@ class NoveltyBenchConfig:
     """Of a row, answer included; longer ones are passed over."""
     draws: int = 20
     """Fresh splits over which the false-alarm rate of exchangeable rows is averaged."""
+    scale_rows: int = 20_000
+    """That learn is fed to see what it holds."""
     seed: int = 0
     work: Path | None = None
     report: Path | None = None
@@ -41,7 +43,9 @@ class NoveltyBenchConfig:
         unknown = sorted(set(self.only) - set(PARTS))
         if unknown or not self.only:
             raise SettingsError(f"there is no part {', '.join(unknown)!r}: use some of {', '.join(PARTS)}")
-        if min(self.train_rows, self.test_rows, self.draws) < 1:
-            raise SettingsError("at least one training row, one test row and one draw are needed")
+        if min(self.train_rows, self.test_rows, self.draws, self.scale_rows) < 1:
+            raise SettingsError(
+                "at least one training row, one test row, one draw and one row of scale are needed"
+            )
         if len(self.twins) == 1:
             raise SettingsError(f"{self.twins[0]} alone is nobody's twin: --twins names two tasks or more")

@@ -18,6 +18,7 @@ from dylora_stream.bench.novelty.config import ALPHAS
 from dylora_stream.bench.novelty.cost import Cost
 from dylora_stream.bench.novelty.judging import FUSED, LeftOut, Rating
 from dylora_stream.bench.novelty.metrics import interval
+from dylora_stream.bench.novelty.scale import Scale
 from dylora_stream.bench.novelty.tally import Tally
 
 __all__ = ["Findings", "document_of", "show"]
@@ -37,6 +38,7 @@ class Findings:
     in_time: InTime | None = None
     tally: Tally | None = None
     cost: Cost | None = None
+    scale: Scale | None = None
     facts: Document = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -144,6 +146,8 @@ def _details(found: Findings) -> Document:
         }
     if found.cost is not None:
         details["cost"] = asdict(found.cost)
+    if found.scale is not None:
+        details["scale"] = asdict(found.scale)
     return details
 
 
@@ -220,8 +224,19 @@ def show(document: Document, console: Console) -> None:
             f"Scoring costs {document['ms_per_record']:.3f} ms a record, {document['cost_share']:.1%} of a pass; "
             f"with 10,000 modes {cost['ms_of_many']:.3f} ms, {cost['share_of_many']:.1%}."
         )
+    if "scale" in document["details"]:
+        console.print(_scale_lines(document["details"]["scale"]))
     for note in document["notes"]:
         console.print(note, style="dim", markup=False)
+
+
+def _scale_lines(scale: Document) -> str:
+    return (
+        f"Of {scale['rows']:,} new rows learn holds {scale['held']:,}, {scale['held_mb']:,.0f} MB, and "
+        f"{scale['disk_mb']:,.0f} MB on disk; a record takes it {scale['ms_first']:.2f} ms at first and "
+        f"{scale['ms_last']:.2f} ms at last, making clusters anew {scale['recluster_s']:.1f} s, a start "
+        f"{scale['load_s']:.1f} s."
+    )
 
 
 def _scorer_table(document: Document) -> Table:

@@ -25,11 +25,12 @@ from dylora_stream.bench.novelty.judging import Ground, ReadTask, leave_one_out,
 from dylora_stream.bench.novelty.learner import Played, StreamLearner, play, trainer
 from dylora_stream.bench.novelty.reading import FeatureReader, concatenated
 from dylora_stream.bench.novelty.report import Findings
+from dylora_stream.bench.novelty.scale import Sizes, measure_scale
 from dylora_stream.bench.novelty.script import FLOOD, OUTLIER, REPEAT, Script, outliers_wanted, script_of
 from dylora_stream.bench.novelty.tally import tally
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import LabelledText, feature_space
+from dylora_stream.model.features import LabelledText, answer_size, feature_space, row_size
 from dylora_stream.settings import Settings
 
 __all__ = ["novelty"]
@@ -112,6 +113,14 @@ def _measure(part: str, run: _Run, found: Findings) -> tuple[Script, Played] | N
         found.in_time = in_time(run.ground)
     elif part == "cost":
         found.cost = measure_cost(run.ground, run.backbone)
+    elif part == "scale":
+        sizes = Sizes(
+            rows=run.config.scale_rows,
+            features=row_size(run.backbone),
+            answers=answer_size(run.backbone),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            found.scale = measure_scale(run.settings, sizes, Path(folder), run.tell)
     else:
         script = _script(run)
         with _folder(run) as folder:
