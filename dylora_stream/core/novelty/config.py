@@ -36,6 +36,9 @@ class NoveltyConfig:
     experts it is divided by E², because directions then tell more (loghub, inputs, AUROC with and without: one expert
     0.963, 0.920; two 0.964, 0.975; three 0.962, 0.969)."""
 
+    relative_weight: float = 0.2
+    """Weight of the relative Mahalanobis distance of input and answer beside the answer's blocks, at least 0."""
+
     entropy_temperature: float = 8.0
     """Nats of logit difference that count as one; see `RoutingConfig.temperature_dense`."""
 
@@ -49,7 +52,7 @@ class NoveltyConfig:
         for name, least in (("folds", 2), ("max_modes", 2), ("neighbours", 1), ("beyond_margin", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("neighbour_weight", "length_weight"):
+        for name in ("neighbour_weight", "length_weight", "relative_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.entropy_temperature <= 0:

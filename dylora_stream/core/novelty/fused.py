@@ -1,11 +1,19 @@
 """The fused distance of a row to each expert: block distances on one scale, averaged.
 
 Terms: distance to the expert's centre in each block, to its nearest mode over all blocks, difference of length; the
-same again for the answer where there is one. A term is brought to mean 0 and deviation 1 by what held-out rows have to
-their own expert, and the terms are averaged: z_e = Σ_t w_t (d_te - m_te) / s_te / Σ_t w_t.
+same again for the answer where there is one, and with it the relative Mahalanobis distance (2106.09022) of stem mean
+and gradient sketch taken together, the only term that knows how far the far ones are. A term is brought to mean 0 and
+deviation 1 by what held-out rows have to their own expert, and the terms are averaged:
+z_e = Σ_t w_t (d_te - m_te) / s_te / Σ_t w_t.
 
 Input terms share m and s between experts (an expert whose own rows scatter more is not forgiven more); for answers they
-are half the expert's own, because some experts have three answers and some have a new one in each row.
+are half the expert's own, because some experts have three answers and some have a new one in each row. The relative
+distance has a long tail: its m and s are quantiles over all experts.
+
+The relative term (AUROC on two splits of training rows, without and with): loghub 0.948, 0.940 and 0.956, 0.960, found
+at 0.05 0.86, 0.83 and 0.98, 0.96; `bare` 0.9995 and 0.9994, without markers 0.9954 and 0.9947 (weight 0.5: 0.9920).
+With deviations in place of quantiles loghub has 0.951, 0.935. Of inputs alone it is no gain on loghub (0.941 and
+0.937) and left out.
 
 Lost (leave one task out, AUROC mean / worst, inputs of `continual/bare`): every expert's own m and s 0.987 / 0.936
 against 0.993 / 0.969; a logistic model over the terms, learned on pairs of known experts, 0.953 against 0.953 with
@@ -20,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dylora_stream.core.novelty.config import NoveltyConfig
-from dylora_stream.core.novelty.layout import FeatureLayout
-from dylora_stream.core.novelty.spaces import Space
+from dylora_stream.core.novelty.layout import FeatureLayout, with_answers
+from dylora_stream.core.novelty.spaces import RelativeSpace, Space
 from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.statistics import ExpertStatistics
 
@@ -52,32 +60,38 @@ class Fit:
         layout = FeatureLayout.recognised(rows[0].shape[1])
         self._experts = len(experts)
         self._inputs = Space.fit(rows, layout, factory, config, rng)
-        given = [
-            e.answers[has_answer(e.answers, len(e.rows))] if e.answers is not None else None for e in experts
-        ]
-        self._answered = [column for column, part in enumerate(given) if part is not None and len(part)]
+        given = {column: _answered(expert) for column, expert in enumerate(experts)}
+        parts = {column: pair for column, pair in given.items() if pair is not None}
+        self._answered = list(parts)
         self._answers: Space | None = None
-        if self._answered:
-            parts = [part for part in given if part is not None and len(part)]
-            self._answers = Space.fit(
-                parts, FeatureLayout.recognised(parts[0].shape[1], is_answer=True), factory, config, rng
-            )
+        if parts:
+            answers = [pair[1] for pair in parts.values()]
+            layout = FeatureLayout.recognised(answers[0].shape[1], is_answer=True)
+            self._answers = Space.fit(answers, layout, factory, config, rng)
+            self._relative = RelativeSpace([with_answers(*pair) for pair in parts.values()])
 
     def input_terms(self, features: np.ndarray) -> np.ndarray:
         """features (n, D) → (n, E, B + 2)."""
         return self._inputs.terms(features)
 
-    def answer_terms(self, answers: np.ndarray | None, rows: int) -> np.ndarray | None:
-        """answers (n, A) → (n, E, B' + 2); nan for rows and experts without answers; None where nothing can be said."""
-        mask = has_answer(answers, rows)
+    def answer_terms(self, features: np.ndarray, answers: np.ndarray | None) -> np.ndarray | None:
+        """features (n, D), answers (n, A) → (n, E, B' + 3); nan for rows and experts without answers; None where
+        nothing can be said."""
+        mask = has_answer(answers, len(features))
         if self._answers is None or answers is None:
             return None
-        result = np.full((rows, self._experts, len(self._answers.blocks) + 2), np.nan)
+        result = np.full((len(features), self._experts, len(self._answers.blocks) + 3), np.nan)
         if mask.any():
-            result[np.ix_(np.flatnonzero(mask), np.array(self._answered))] = self._answers.terms(
-                answers[mask]
-            )
+            relative = self._relative.distances(with_answers(features[mask], answers[mask]))
+            terms = np.concatenate([self._answers.terms(answers[mask]), relative[..., None]], axis=-1)
+            result[np.ix_(np.flatnonzero(mask), np.array(self._answered))] = terms
         return result
+
+
+def _answered(expert: ExpertStatistics) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows that have an answer, and their answers; None without any."""
+    mask = has_answer(expert.answers, len(expert.rows))
+    return (expert.rows[mask], expert.answers[mask]) if expert.answers is not None and mask.any() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +109,7 @@ class Scale:
         """terms (n, E, T) of held-out rows, owner (n,): from the distances of rows to their own experts."""
         own = terms[np.arange(len(owner)), owner]  # (n, T)
         usable = np.isfinite(own).all(axis=1)
-        experts, count = terms.shape[1], terms.shape[2]
+        experts, blocks = terms.shape[1], terms.shape[2] - 2
         if usable.sum() < 2:
             return None
         own, owner = own[usable], owner[usable]
@@ -107,11 +121,29 @@ class Scale:
             part = own[owner == column]
             location[column] = own_share * np.median(part, axis=0) + (1.0 - own_share) * median
             spread[column] = own_share * part.var(axis=0) + (1.0 - own_share) * variance
-        blocks = count - 2
-        weight = np.ones(count)
-        weight[-2] = config.neighbour_weight * blocks
-        weight[-1] = config.length_weight * blocks / experts**2
+        nearest, length = config.neighbour_weight * blocks, config.length_weight * blocks / experts**2
+        weight = np.append(np.ones(blocks), [nearest, length])
         return cls(location, np.sqrt(spread + SPREAD_FLOOR**2), weight)
+
+    @classmethod
+    def of_tailed(cls, terms: np.ndarray, owner: np.ndarray, weight: float) -> "Scale | None":
+        """terms (n, E) of which a few rows of every expert lie very far: one location and one spread, by quantiles."""
+        own = terms[np.arange(len(owner)), owner]
+        own = own[np.isfinite(own)]
+        if len(own) < 2:
+            return None
+        low, middle, high = np.quantile(own, [0.16, 0.5, 0.84])  # a normal distribution's mean and deviation
+        shape = (terms.shape[1], 1)
+        spread = np.hypot((high - low) / 2, SPREAD_FLOOR)
+        return cls(np.full(shape, middle), np.full(shape, spread), np.array([weight]))
+
+    def beside(self, other: "Scale") -> "Scale":
+        """The terms of both."""
+        return Scale(
+            np.concatenate([self.location, other.location], axis=1),
+            np.concatenate([self.spread, other.spread], axis=1),
+            np.concatenate([self.weight, other.weight]),
+        )
 
     def weighted(self, terms: np.ndarray) -> np.ndarray:
         """terms (n, E, T) → (n, E) weighted sum of standardised terms; nan where a term is."""
@@ -130,10 +162,13 @@ class Fusion:
         cls, inputs: np.ndarray, answers: np.ndarray | None, owner: np.ndarray, config: NoveltyConfig
     ) -> "Fusion":
         """From the terms of held-out rows and their owners."""
-        return cls(
-            Scale.fit(inputs, owner, 0.0, config),
-            None if answers is None else Scale.fit(answers, owner, OWN_SHARE, config),
-        )
+        of_inputs = Scale.fit(inputs, owner, 0.0, config)
+        if answers is None:
+            return cls(of_inputs, None)
+        terms, relative = answers[..., :-1], answers[..., -1]
+        of_answers = Scale.fit(terms, owner, OWN_SHARE, config)
+        tailed = Scale.of_tailed(relative, owner, config.relative_weight * (terms.shape[-1] - 2))
+        return cls(of_inputs, of_answers.beside(tailed) if of_answers and tailed else None)
 
     def __call__(self, inputs: np.ndarray, answers: np.ndarray | None) -> np.ndarray:
         """(n, E): 0 for a typical known row at its own expert, 1 a deviation of the average term farther."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from dylora_stream.core.lexical import ANSWER_TOKENS, BYTES, SURFACE, TOKENS
 
-__all__ = ["SKETCH", "Block", "FeatureLayout"]
+__all__ = ["SKETCH", "Block", "FeatureLayout", "with_answers"]
 
 SKETCH = 512  # numbers of an answer's gradient sketch
 STEM_BLOCKS = (
@@ -74,3 +74,10 @@ class FeatureLayout:
     def parts(self, rows: np.ndarray) -> list[np.ndarray]:
         """rows (n, D) → one (n, size) view a block."""
         return [rows[:, block.start : block.stop] for block in self.blocks]
+
+
+def with_answers(rows: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """First blocks side by side, stem mean and gradient sketch: rows (n, D), answers (n, A) → (n, b + s)."""
+    first = FeatureLayout.recognised(rows.shape[1]).blocks[0]
+    sketch = FeatureLayout.recognised(answers.shape[1], is_answer=True).blocks[0]
+    return np.concatenate([rows[:, : first.stop], answers[:, : sketch.stop]], axis=1)

@@ -128,7 +128,7 @@ class NoveltyScorer:
         if not allowed.any():
             return _unknown(rows)
         inputs, answered = self._fit.input_terms(features), has_answer(answers, rows)
-        more = self._fit.answer_terms(answers, rows) if answered.any() else None
+        more = self._fit.answer_terms(features, answers) if answered.any() else None
         distances = np.where(allowed, self._fusion(inputs, more), np.inf)  # (n, E)
         nearest, reached = distances.argmin(axis=1), allowed.any(axis=1)
         least = np.where(reached, distances.min(axis=1), 0.0)
@@ -199,7 +199,7 @@ def _held_out(
         rows = np.concatenate([expert.rows for expert in held])
         inputs.append(part.input_terms(rows))
         given = _answers(held, experts)
-        answers.append(None if given is None else part.answer_terms(given, len(rows)))
+        answers.append(None if given is None else part.answer_terms(rows, given))
         owner.append(np.repeat(np.arange(len(held)), [len(expert.rows) for expert in held]))
     if not inputs:
         return _HeldOut(np.zeros((0, len(experts), 3)), None, np.zeros(0, dtype=np.int64))

@@ -14,9 +14,9 @@ import numpy as np
 
 from dylora_stream.core.novelty.config import NoveltyConfig
 from dylora_stream.core.novelty.fused import has_answer
-from dylora_stream.core.novelty.layout import FeatureLayout
+from dylora_stream.core.novelty.layout import FeatureLayout, with_answers
 from dylora_stream.core.novelty.scorer import NoveltyScorer, distinct_expert
-from dylora_stream.core.novelty.spaces import summarise
+from dylora_stream.core.novelty.spaces import Background, summarise
 from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.statistics import (
     ExpertStatistics,
@@ -53,12 +53,12 @@ class Scorer:
         """From at least one expert; twice where all experts have answers, with and without them."""
         scorer = cls()
         experts = [distinct_expert(expert) for expert in statistics]
-        rows = [_first_block(e.rows, is_answer=False) for e in experts]
+        rows = [_first_block(e.rows) for e in experts]
         tools = (index_factory, config, rng)
         scorer._plain = _Whitened(cls._method(), rows, tools)
         answers = [e.answers for e in experts]
         if all(a is not None and has_answer(a, len(a)).all() for a in answers):
-            joined = [_joined(row, a) for row, a in zip(rows, answers, strict=True) if a is not None]
+            joined = [with_answers(e.rows, a) for e, a in zip(experts, answers, strict=True) if a is not None]
             scorer._answered = _Whitened(cls._method(), joined, tools)
         return scorer
 
@@ -66,11 +66,11 @@ class Scorer:
         """features (n, D), answers (n, A) → (n,) float64. Rows without an answer are scored by their input, on a
         scale of its own: give answers to all rows or to none. Changes nothing."""
         assert self._plain is not None
-        rows = _first_block(features, is_answer=False)
+        rows = _first_block(features)
         result = self._plain.novelty(rows)
         mask = has_answer(answers, len(rows))
         if self._answered is not None and answers is not None and mask.any():
-            result[mask] = self._answered.novelty(_joined(rows[mask], answers[mask]))
+            result[mask] = self._answered.novelty(with_answers(features[mask], answers[mask]))
         return result
 
 
@@ -99,12 +99,8 @@ class _Whitened:
         return np.asarray(self._method.distances(self._whitening(rows)), np.float64)
 
 
-def _first_block(rows: np.ndarray, *, is_answer: bool) -> np.ndarray:
-    return rows[:, : FeatureLayout.recognised(rows.shape[1], is_answer=is_answer).blocks[0].stop]
-
-
-def _joined(rows: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    return np.concatenate([rows, _first_block(answers, is_answer=True)], axis=1)
+def _first_block(rows: np.ndarray) -> np.ndarray:
+    return rows[:, : FeatureLayout.recognised(rows.shape[1]).blocks[0].stop]
 
 
 def _squared(rows: np.ndarray, means: np.ndarray) -> np.ndarray:
@@ -147,24 +143,16 @@ class _PerExpert(_Method):
         return np.asarray(np.min(each, axis=0))
 
 
-# Relative Mahalanobis (2106.09022): the tied distance less the distance to one Gaussian over all rows. That one's
-# covariance is the within-expert one, here the identity, plus that of the experts' means: with a shrinkage of its own,
-# distances differ most where rows are new, and the score turns round (AUROC 0.11 on bare). (I + MᵀM)⁻¹ by Woodbury.
+# Relative Mahalanobis (2106.09022): the tied distance less the distance to one Gaussian over all rows.
 
 
 class _Relative(_Tied):
     def learn(self, parts: Sequence[np.ndarray], tools: tuple[Any, ...]) -> None:
         super().learn(parts, tools)
-        shares = np.array([len(part) for part in parts]) / sum(len(part) for part in parts)
-        self._middle = shares @ self._means
-        self._between = np.sqrt(shares)[:, None] * (self._means - self._middle)  # M: (E, d)
-        self._inner = np.linalg.inv(np.eye(len(parts)) + self._between @ self._between.T)
+        self._background = Background(parts)
 
     def distances(self, rows: np.ndarray) -> np.ndarray:
-        deviations = rows - self._middle
-        along = deviations @ self._between.T  # (n, E)
-        to_all = (deviations**2).sum(axis=1) - np.einsum("ne,ef,nf->n", along, self._inner, along)
-        return np.asarray(super().distances(rows) - to_all)
+        return np.asarray(super().distances(rows) - self._background.distances(rows))
 
 
 # Mahalanobis++ (2505.18032): the tied distance between rows of length 1 (ours: after whitening, which is where stem
