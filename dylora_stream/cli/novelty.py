@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -89,20 +90,13 @@ def novelty(
     """
     from rich.console import Console
 
-    try:
-        from dylora_stream.bench.novelty import NoveltyBenchConfig
-        from dylora_stream.bench.novelty import novelty as measure
-        from dylora_stream.bench.novelty.config import PARTS
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in LIBRARIES:
-            raise
-        raise SettingsError(f"bench novelty needs {error.name}: install dylora-stream[bench]") from error
-    asked = NoveltyBenchConfig(
+    bench = _bench()
+    asked = bench.NoveltyBenchConfig(
         data=data,
         has_labels=labels is Labels.YES,
         is_stripped=strip_markers,
         is_training=train,
-        only=_parts(only) if only is not None else PARTS,
+        only=_parts(only) if only is not None else bench.config.PARTS,
         twins=_parts(twins or ""),
         train_rows=rows or train_rows,
         test_rows=rows or test_rows,
@@ -113,8 +107,19 @@ def novelty(
         work=work,
         report=report,
     )
-    measure(asked, settings_from(config, assignments), Console())
+    bench.novelty(asked, settings_from(config, assignments), Console())
 
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _bench() -> ModuleType:
+    """`dylora_stream.bench.novelty`, or what to install for it."""
+    try:
+        from dylora_stream.bench import novelty as bench
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LIBRARIES:
+            raise
+        raise SettingsError(f"bench novelty needs {error.name}: install dylora-stream[bench]") from error
+    return bench
