@@ -8,6 +8,9 @@ At each adapted layer and token, with a = A x over the ranks of all members:
 
 New ranks train by the language-model loss while the old ones, frozen, compete. Against the released code: the scale is
 baked into B when an expert is frozen (the code drops it there), and the division is guarded where A x = 0.
+
+The weights sum to 1 over k ranks, where a plain expert gives each rank 1: with a plain expert's alpha it is taught an
+eighth of the scale (k = 8), and stands behind O-LoRA (36.3 against 45.3, four tasks of 16 rows); with 8 alpha, 49.0.
 """
 
 from dataclasses import dataclass
