@@ -5,8 +5,8 @@
     waiting for one      the newest `MOST_WAITING`; clusters that got a row most recently keep theirs longest
     settled              the newest `MOST_SETTLED` of skills that are recognised; the others at once
 
-A row of 2,812 numbers and its answer's sketch of 1,100 take 16 KB: 300 MB at each of the two larger limits. What was
-trained on stays in the ledger for ever, see `Ledger.training_rows`.
+With a backbone of width 576 a row has 2,797 numbers and its answer 1,345, float32, 16.6 KB: 260 MB at each of the two
+larger limits. What was trained on stays in the ledger for ever, see `Ledger.training_rows`.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -256,6 +256,7 @@ class LearnService:
             sketches = load_file(result / "sketches.safetensors")["sketches"]
             return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
         if job.kind is JobKind.CONSOLIDATE and self._curator.registry.expert(job.expert_id or "") is None:
+            self._ports.metrics.job_ended(job.kind, "failed")
             return self._curator.failed(job, "its expert was retired meanwhile")
         report = read_report(result)
         decision = str(report["decision"])

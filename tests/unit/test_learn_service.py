@@ -410,6 +410,7 @@ def test_a_new_version_of_a_retired_expert_is_not_taken(workshop: Workshop) -> N
     )
     changes = workshop.service._finish(job, workshop.folder)
     assert (changes.jobs["j"].state, changes.registry) == (JobState.FAILED, None)
+    assert workshop.metrics.jobs == [("consolidate", "failed")]
 
 
 def test_a_childs_error_is_an_event_and_backs_off(workshop: Workshop) -> None:
