@@ -105,6 +105,17 @@ def test_rows_that_came_with_an_expert_are_its_own_and_their_cluster_has_ended()
     assert not books.recluster("t", Changes()).joined
 
 
+def test_nothing_joins_an_expert_that_is_gone() -> None:
+    """Rows that would have been its own wait for another."""
+    books = buffers()
+    late = late_template(books)
+    owned = books.rows.of_expert("e-b")
+    books.dismiss("e-b", {row.position: replace(row, state=RowState.SETTLED) for row in owned})
+    assert not books.recluster("t", Changes()).joined
+    assert {books.rows[row.position].state for row in late} == {RowState.CLUSTERED}
+    assert not books.rows.of_expert("e-b")
+
+
 def test_after_a_restart_experts_have_their_rows_and_take_in_the_same() -> None:
     """What stands for the experts comes from the ledger's assigned rows."""
     books = buffers()

@@ -230,7 +230,7 @@ def test_an_attempt_in_vain_doubles_the_rows_to_the_next() -> None:
 
 
 def test_a_retired_expert_is_out_and_its_kind_is_new_again() -> None:
-    """Its rows are put aside, also after a restart; the same kind founds another expert, from new rows alone."""
+    """Once; its rows are put aside, also after a restart; its kind founds another expert, from new rows alone."""
     desk = Desk()
     old = desk.grow_expert("apple")
     changes = desk.commit(desk.curator.retire(old))
@@ -238,22 +238,13 @@ def test_a_retired_expert_is_out_and_its_kind_is_new_again() -> None:
     assert [version.maturity for version in changes.versions] == [Maturity.RETIRED]
     assert desk.ledger.load().registry.experts == ()
     assert {row.state for row in desk.rows} == {RowState.SETTLED}
+    assert not desk.curator.retire(old)
     desk.reopen()
     desk.gather(texts("apple", 100, 100 + RULES.rows_to_seed))
     job = desk.start()
     assert job.expert_id != old
     rows = {row.position: row.input for row in desk.rows}
     assert all(int(rows[position].split()[1]) >= 100 for position in job.positions)
-
-
-def test_what_joined_a_retired_expert_joins_it_no_more() -> None:
-    """Without a restart as well: its rows stand for nothing, and it may be retired twice."""
-    desk = Desk()
-    old = desk.grow_expert("apple")
-    desk.commit(desk.curator.retire(old))
-    assert not desk.curator.retire(old)
-    desk.gather(texts("apple", 100, 100 + RULES.rows_to_seed))
-    assert {row.expert_id for row in desk.rows if row.state is not RowState.SETTLED} == {None}
 
 
 def test_a_full_pool_seeds_nothing_until_an_expert_is_retired() -> None:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
-from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
+from dylora_stream.core.novelty.spaces import RelativeSpace
+from dylora_stream.core.statistics import (
+    ExpertStatistics,
+    LinearDiscriminant,
+    Moments,
+    pooled_covariance,
+)
 from dylora_stream.testing import MemoryIndex
 
 DIMENSIONS = 32
@@ -67,6 +73,39 @@ def test_rows_of_a_new_skill_are_noticed(experts: int) -> None:
     assert (old.nearest == 0).mean() > 0.95
     if experts == 1:
         assert not new.entropy.any()
+
+
+def test_the_relative_distance_is_the_experts_less_that_of_all_rows() -> None:
+    """Squared Mahalanobis distances, by the inverse covariances: within experts, and with the means' scatter added."""
+    rng, _, known = world(24, 3)
+    parts, rows = [expert.rows for expert in known], rng.normal(size=(5, DIMENSIONS)).astype(np.float32)
+    within = pooled_covariance([Moments.of(part) for part in parts]).matrix
+    means = np.stack([part.mean(axis=0) for part in parts]).astype(np.float64)
+    everyone = within + np.cov(means.T, bias=True)
+
+    def squared(mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        gaps = rows - mean
+        return np.einsum("nd,nd->n", gaps @ np.linalg.inv(covariance), gaps)
+
+    wanted = [squared(mean, within) - squared(means.mean(axis=0), everyone) for mean in means]
+    assert np.allclose(RelativeSpace(parts).distances(rows), np.stack(wanted, axis=1), rtol=1e-3)
+
+
+def test_with_an_answer_it_counts_how_far_a_row_is() -> None:
+    """A row five times as far out in the same direction is more novel, by the relative distance above all."""
+    rng, centres, known = world(25, 3)
+    experts = [replace(expert, answers=expert.rows) for expert in known]
+    near = draw(rng, centres[-1], 20)
+    middle = centres[:3].mean(axis=0)
+    far = (middle + 5.0 * (near - middle)).astype(np.float32)
+
+    def gain(weight: float) -> float:
+        scorer = fit(experts, replace(CONFIG, relative_weight=weight))
+        return float(
+            np.median(np.log(scorer.score(far, answers=far).score / scorer.score(near, answers=near).score))
+        )
+
+    assert gain(0.2) > gain(0.0) + 1.0
 
 
 def test_without_an_expert_everything_may_found_a_cluster() -> None:
