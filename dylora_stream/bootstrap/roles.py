@@ -159,7 +159,7 @@ def _training(settings: Settings) -> "Training":
         consolidation=settings.consolidation,
         check=asdict(settings.check),
         backbone=digest,
-        feature_space=feature_space_name(settings.model.stem_layers, digest),
+        feature_space=feature_space_name(settings.model.read_layers, digest),
         prompt_template=DEFAULT_TEMPLATE,
         rank=settings.pool.rank,
     )

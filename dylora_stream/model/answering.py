@@ -186,7 +186,7 @@ class MixtureAnswerer:
             if found not in ("", own):
                 raise ModelMismatch(
                     f"the registry was made for the {what} {found[:32]}, this process runs {own[:32]}: "
-                    "set model.name and model.stem_layers back, or use another topic prefix"
+                    "set model.name, model.stem_layers and model.feature_layers back, or use another topic prefix"
                 )
 
     def _admit(self, request: Request, prompt: list[int]) -> list[list[int]]:

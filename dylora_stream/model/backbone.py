@@ -89,7 +89,8 @@ class Backbone:
 
     model: Any
     tokenizer: Any
-    stem_layers: int
+    stem_layers: int  # never adapted
+    read_layers: int  # of the stem, passed before a record is read
     digest: str
     name: str
     dtype: torch.dtype
@@ -234,11 +235,13 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise explain_load_error(place, error) from error
     model.to(device).eval().requires_grad_(False)
-    _check(model, tokenizer, config)
+    stem_layers = config.stem_of(len(_decoder_layers(model.base_model)))
+    _check(model, tokenizer, stem_layers, config.name)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
-        stem_layers=config.stem_layers,
+        stem_layers=stem_layers,
+        read_layers=config.read_layers,
         digest=folder_digest(place),
         name=config.name,
         dtype=dtype,
@@ -288,15 +291,15 @@ def _decoder_layers(body: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _check(model: Any, tokenizer: Any, config: ModelConfig) -> None:
+def _check(model: Any, tokenizer: Any, stem_layers: int, name: str) -> None:
     layers = len(_decoder_layers(model.base_model))
-    if config.stem_layers >= layers:
+    if stem_layers >= layers:
         raise SettingsError(
-            f"model.stem_layers is {config.stem_layers}, but {config.name} has {layers} layers: "
-            f"set it between 1 and {layers - 1} (a quarter of the layers measured best)"
+            f"model.stem_layers is {stem_layers}, but {name} has {layers} layers: "
+            f"set it between 1 and {layers - 1} (half of them is a good place to start)"
         )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.name} has no end token: an answer could not end")
+        raise ModelError(f"the tokenizer of {name} has no end token: an answer could not end")
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ class Blocks:
         for name, (a, b) in adapter.tensors.items():
             if name not in self.shapes:
                 raise ModelMismatch(
-                    f"an adapter changes {name}, which this backbone does not have above its stem"
+                    f"an adapter changes {name}, which this backbone does not have above its stem; "
+                    "it was trained with another model.stem_layers or another model"
                 )
             if (a.shape[1], b.shape[0]) != self.shapes[name]:
                 raise ModelMismatch(f"an adapter has other dimensions than the backbone at {name}")

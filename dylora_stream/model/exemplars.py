@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import LabelledText, length_sorted, stem_features, stem_states
+from dylora_stream.model.features import LabelledText, length_sorted, read_states, stem_features
 
 __all__ = ["Exemplars", "read_exemplars"]
 
@@ -41,7 +41,7 @@ def read_exemplars(
     states, masks, features, order = [], [], [], []
     for chosen in length_sorted([len(prompt) for prompt in prompts], READ_BATCH):
         tokens = backbone.pad([prompts[row] for row in chosen])
-        states.append(stem_states(backbone, tokens))
+        states.append(read_states(backbone, tokens))
         masks.append(tokens.attention_mask)
         features.append(stem_features(states[-1], tokens.attention_mask).cpu().numpy())
         order += chosen

@@ -2,10 +2,10 @@
 
 A feature row, float32, is read in the same pass that answers (serve) or with the stem alone (children):
 
-    mean8   d     the stem's output, mean over the prompt's tokens without the first one (its norm is seven times the
-                  others' and encodes length); what rows are routed by, and called stem features everywhere
-    mean4   d     the same halfway up the stem
-    std8    d     standard deviation of the stem's output over the same tokens
+    mean8   d     the states behind `model.feature_layers` layers, mean over the prompt's tokens without the first one
+                  (its norm is seven times the others' and encodes length); what rows are routed by: stem features
+    mean4   d     the same halfway there
+    std8    d     standard deviation of the states of mean8 over the same tokens
     tokens, bytes, surface     of the text itself, see `core.lexical`
 
 The novelty scorer measures each block apart and averages (`core.novelty`): left-out tasks of `continual/bare` are told
@@ -45,8 +45,8 @@ from dylora_stream.model.identity import FEATURE_VERSION, feature_space_name
 
 __all__ = [
     "FEATURE_VERSION", "SKETCH_SIZE", "EarlyPool", "LabelledText", "StemReading", "answer_rows", "answer_size",
-    "feature_rows", "feature_space", "length_sorted", "read_rows", "read_stem", "row_size", "stem_features",
-    "stem_states",
+    "feature_rows", "feature_space", "length_sorted", "read_rows", "read_states", "read_stem", "row_size",
+    "states_behind", "stem_features",
 ]  # fmt: skip
 
 SKETCH_SIZE = 512  # numbers of an answer sketch
@@ -72,7 +72,7 @@ class _StemRead(Exception):
 
 def feature_space(backbone: Backbone) -> str:
     """The name of the space that features of this backbone live in; equal names mean comparable features."""
-    return feature_space_name(backbone.stem_layers, backbone.digest)
+    return feature_space_name(backbone.read_layers, backbone.digest)
 
 
 def stem_features(states: Tensor, mask: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def answer_size(backbone: Backbone) -> int:
 
 
 class EarlyPool:
-    """Keeps the mean of the states halfway up the stem while it is asked to; a hook that is always there."""
+    """Keeps the mean of states halfway to where records are read, while asked to; a hook that is always there."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._mask: Tensor | None = None
         self.mean: Tensor | None = None  # (B, d) float32 of the last pass that was watched
-        layer = backbone.layers[backbone.stem_layers // 2]
+        layer = backbone.layers[backbone.read_layers // 2]
         self._handle = layer.register_forward_pre_hook(self._read, with_kwargs=True)
 
     @contextmanager
@@ -126,7 +126,8 @@ class EarlyPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StemReading:
-    """What a pass showed of its prompts. states: (B, T, d) of the stem; mask: (B, T); mean, early: (B, d) float32."""
+    """What a pass showed of its prompts. states: (B, T, d), as `read_states`; mask: (B, T); mean, early: (B, d)
+    float32."""
 
     states: Tensor
     mask: Tensor
@@ -144,14 +145,19 @@ def feature_rows(reading: StemReading, tokens: Tokens, texts: Sequence[str]) -> 
     )
 
 
+def read_states(backbone: Backbone, tokens: Tokens) -> Tensor:
+    """(B, T, d): the states that records are read from."""
+    return states_behind(backbone, backbone.read_layers, tokens)
+
+
 @torch.no_grad()
-def stem_states(backbone: Backbone, tokens: Tokens) -> Tensor:
-    """(B, T, d): the stem's output, computed without the layers above it."""
+def states_behind(backbone: Backbone, layers: int, tokens: Tokens) -> Tensor:
+    """(B, T, d): what the first so many layers give, computed without those above them."""
 
     def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _StemRead(args[0] if args else kwargs["hidden_states"])
 
-    handle = backbone.layers[backbone.stem_layers].register_forward_pre_hook(leave, with_kwargs=True)
+    handle = backbone.layers[layers].register_forward_pre_hook(leave, with_kwargs=True)
     try:
         backbone.body(**tokens.inputs(), use_cache=False)
     except _StemRead as read:
@@ -167,12 +173,12 @@ def read_stem(backbone: Backbone, inputs: Sequence[str]) -> np.ndarray:
     prompts = backbone.prompt_ids(inputs)
     for chosen in length_sorted([len(prompt) for prompt in prompts], BATCH):
         tokens = backbone.pad([prompts[row] for row in chosen])
-        features[chosen] = stem_features(stem_states(backbone, tokens), tokens.attention_mask).cpu().numpy()
+        features[chosen] = stem_features(read_states(backbone, tokens), tokens.attention_mask).cpu().numpy()
     return features
 
 
 def read_rows(backbone: Backbone, inputs: Sequence[str]) -> np.ndarray:
-    """(n, D) float32 feature rows of raw inputs, in their order; runs the stem alone."""
+    """(n, D) float32 feature rows of raw inputs, in their order; runs nothing above."""
     rows = np.zeros((len(inputs), row_size(backbone)), dtype=np.float32)
     prompts, early = backbone.prompt_ids(inputs), EarlyPool(backbone)
     try:
@@ -180,7 +186,7 @@ def read_rows(backbone: Backbone, inputs: Sequence[str]) -> np.ndarray:
             tokens = backbone.pad([prompts[row] for row in chosen])
             mask = tokens.attention_mask
             with early.watching(mask):
-                states = stem_states(backbone, tokens)
+                states = read_states(backbone, tokens)
             assert early.mean is not None
             mean = stem_features(states, mask)
             reading = StemReading(states=states, mask=mask, mean=mean, early=early.mean)

@@ -19,6 +19,6 @@ def folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def feature_space_name(stem_layers: int, digest: str) -> str:
+def feature_space_name(read_layers: int, digest: str) -> str:
     """The name of the space that features live in; equal names mean comparable features."""
-    return f"stem{stem_layers}-v{FEATURE_VERSION}-{digest[:12]}"
+    return f"stem{read_layers}-v{FEATURE_VERSION}-{digest[:12]}"

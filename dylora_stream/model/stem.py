@@ -1,4 +1,4 @@
-"""The stem's end in the middle of a forward pass: the hook that lets a router set who answers a row."""
+"""A record is read on its way through the stem: the hook that lets a router set who answers a row."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ __all__ = ["StemHook", "StemOutput"]
 
 @dataclass(frozen=True, slots=True)
 class StemOutput:
-    """What the router sees: states (B, T, d) of the stem, mask (B, T) of the prompt, features (B, d) float32.
+    """What the router sees: states (B, T, d) in the stem, mask (B, T) of the prompt, features (B, d) float32.
 
-    `early` (B, d) float32 is the same pooled halfway up the stem, where a pass was watched there.
+    `early` (B, d) float32 is the same pooled halfway there, where a pass was watched.
     """
 
     states: Tensor
@@ -37,7 +37,7 @@ class StemOutput:
 
 
 class StemHook:
-    """Calls a decision in front of the first layer above the stem, once a routed forward pass.
+    """Calls a decision where records are read, below every adapted layer, once a routed forward pass.
 
     The layer itself sees a 4-D mask or none, so the 2-D one is given by context. Later passes of the same context (one
     token each, while decoding) keep what was decided.
@@ -46,7 +46,7 @@ class StemHook:
     def __init__(self, backbone: Backbone) -> None:
         self._pending: tuple[Tensor, Callable[[StemOutput], None]] | None = None
         self._early = EarlyPool(backbone)
-        layer = backbone.layers[backbone.stem_layers]
+        layer = backbone.layers[backbone.read_layers]
         self._handle = layer.register_forward_pre_hook(self._at_stem, with_kwargs=True)
 
     @contextmanager

@@ -26,7 +26,7 @@ from dylora_stream.core.recipes import Recipe, rate_at, steps_of
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
-from dylora_stream.model.features import LabelledText, length_sorted, stem_states
+from dylora_stream.model.features import LabelledText, length_sorted, states_behind
 
 __all__ = [
     "Company", "RowScores", "Trained", "TrainingOptions", "attached", "row_losses", "score_rows", "train_expert",
@@ -135,7 +135,8 @@ def _trained(backbone: Backbone, usable: Sequence[_Row], recipe: Recipe, options
     optimizer = _optimizer(pairs, recipe, company)
     steps = steps_of(len(usable), recipe)
     losses: list[float] = []
-    stem = _StemCache.proved(backbone, usable) if options.may_cache_stem else None
+    depth = backbone.read_layers if company else backbone.stem_layers  # a company's gates may read the rows
+    stem = _StemCache.proved(backbone, usable, depth) if options.may_cache_stem else None
     joined = company.joined(pairs, scale) if company else attached(backbone, pairs, scale)
     with joined, stem or nullcontext(), torch.enable_grad():
         for chosen in _batches(usable, recipe, order):
@@ -219,31 +220,32 @@ def _lora_hook(a: Tensor, b: Tensor, scale: float) -> Callable[[nn.Module, tuple
 
 
 class _StemCache:
-    """The stem's output of every training row; within it, the stem's layers hand that on instead of computing.
+    """What the first layers give for every training row; within it, these hand that on instead of computing.
 
     The layers stay in their places with their attributes, only their `forward` is shadowed: embeddings, masks and
     position tables are the model's own, whatever its architecture.
     """
 
-    def __init__(self, backbone: Backbone, states: list[Tensor]) -> None:
-        self._layers = list(backbone.layers)[: backbone.stem_layers]
+    def __init__(self, backbone: Backbone, depth: int, states: list[Tensor]) -> None:
+        self._layers = list(backbone.layers)[:depth]
         self._states = states  # a row: (T, d)
         self._batch: Tensor | None = None
 
     @classmethod
-    def proved(cls, backbone: Backbone, rows: Sequence[_Row]) -> "_StemCache | None":
-        """A filled cache, or None where it would be too large or does not give the full pass's states."""
+    def proved(cls, backbone: Backbone, rows: Sequence[_Row], depth: int) -> "_StemCache | None":
+        """A filled cache of the first `depth` layers, or None where it would be too large or not give the full pass's
+        states."""
         size = sum(len(row) for row in rows) * backbone.width * backbone.dtype.itemsize
         by_length = sorted(rows, key=len)
         few = by_length[:PROOF_ROWS] + by_length[-PROOF_ROWS:]  # much padding, and the longest there is
-        if size > STEM_CACHE_BYTES or not _replays(backbone, _padded(backbone, few)):
+        if size > STEM_CACHE_BYTES or not _replays(backbone, depth, _padded(backbone, few)):
             return None
         states: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen in length_sorted([len(row) for row in rows], SCORE_BATCH):
             tokens = _padded(backbone, [rows[row] for row in chosen])
-            for row, state in zip(chosen, stem_states(backbone, tokens), strict=True):
+            for row, state in zip(chosen, states_behind(backbone, depth, tokens), strict=True):
                 states[row] = state[-len(rows[row]) :].clone()
-        return cls(backbone, states)
+        return cls(backbone, depth, states)
 
     def put(self, chosen: Sequence[int], tokens: Tokens) -> None:
         """The rows of the next forward pass, padded as `tokens` is."""
@@ -268,12 +270,12 @@ class _StemCache:
 
 
 @torch.no_grad()
-def _replays(backbone: Backbone, tokens: Tokens) -> bool:
-    """Whether handing the stem's output to the upper layers gives the very states of the full pass."""
+def _replays(backbone: Backbone, depth: int, tokens: Tokens) -> bool:
+    """Whether handing the first layers' output to those above gives the very states of the full pass."""
     needed = tokens.answer_positions()
     whole = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]
-    cache = _StemCache(backbone, [])
-    cache.hand_on(stem_states(backbone, tokens))
+    cache = _StemCache(backbone, depth, [])
+    cache.hand_on(states_behind(backbone, depth, tokens))
     try:
         with cache:
             replayed = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]

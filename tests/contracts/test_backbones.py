@@ -31,10 +31,10 @@ from dylora_stream.model.features import (
     answer_size,
     feature_space,
     read_rows,
+    read_states,
     read_stem,
     row_size,
     stem_features,
-    stem_states,
 )
 from dylora_stream.model.process import keep_freed_memory
 from dylora_stream.model.training import Trained, TrainingOptions, row_losses, score_rows, train_expert
@@ -130,7 +130,7 @@ def test_features_do_not_depend_on_the_batch(backbone: Backbone) -> None:
     tokens = backbone.encode(texts[:3])
     with torch.no_grad():
         whole = backbone.model(**tokens.inputs(), output_hidden_states=True).hidden_states[2]
-    assert torch.equal(whole, stem_states(backbone, tokens))
+    assert torch.equal(whole, read_states(backbone, tokens))
     rows = read_rows(backbone, texts)
     assert rows.shape == (len(texts), row_size(backbone))
     np.testing.assert_allclose(rows[:, : backbone.width], together, atol=1e-6)
@@ -290,6 +290,19 @@ def test_a_stem_as_deep_as_the_model_is_refused_with_a_depth_that_fits(folder: P
     """There must be layers left for experts."""
     with pytest.raises(SettingsError, match="between 1 and 3"):
         load_backbone(ModelConfig(name="tiny", stem_layers=4), folder)
+
+
+def test_the_stem_is_by_default_a_little_over_half_and_read_halfway(folder: Path) -> None:
+    """No fewer layers than rows are read behind; a shallow stem is read at its end."""
+    assert [ModelConfig().stem_of(layers) for layers in (30, 24, 12)] == [16, 12, 8]
+    shallow = load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=2), folder)
+    assert (shallow.stem_layers, shallow.read_layers) == (2, 2)
+    deep = load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=3, feature_layers=1), folder)
+    tokens = deep.encode(["a text", "another"])
+    with torch.no_grad():
+        states = deep.model(**tokens.inputs(), output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], read_states(deep, tokens))
+    assert {int(name.split(".")[2]) for name in deep.upper_linears()} == {3}
 
 
 def test_a_folder_that_holds_something_else_is_not_fetched_into(tmp_path: Path) -> None:

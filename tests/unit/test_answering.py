@@ -108,7 +108,8 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A tiny model, its stem two layers."""
     make = tiny_llama if request.param == "llama" else tiny_gpt2
     folder = make(tmp_path_factory.mktemp(request.param))
-    return load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=2, threads=1), folder)
+    config = ModelConfig(name="tiny", dtype="float32", stem_layers=2, feature_layers=1, threads=1)
+    return load_backbone(config, folder)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dylora_stream.core.routing import METHODS, Routing, RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant, Moments, Whitening
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
-from dylora_stream.model.features import LabelledText, read_rows, read_stem, stem_states
+from dylora_stream.model.features import LabelledText, read_rows, read_states, read_stem
 from dylora_stream.model.gates import GATES, SERVED_GATES, gate_named
 from dylora_stream.model.gates.base import BackboneGate, Lesson, Memory, Scene, Stage, Student
 from dylora_stream.model.gates.gain import GainGate
@@ -91,7 +91,7 @@ class School:
     def stem(self, inputs: list[str]) -> StemOutput:
         """What the gate sees of these."""
         tokens = self.stage.backbone.encode(inputs)
-        return StemOutput.of(stem_states(self.stage.backbone, tokens), tokens.attention_mask)
+        return StemOutput.of(read_states(self.stage.backbone, tokens), tokens.attention_mask)
 
     def scene(self, rows: int, experts: int, beyond: tuple[int, ...] = ()) -> Scene:
         """So many mature experts, all allowed."""

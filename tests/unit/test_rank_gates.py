@@ -58,9 +58,10 @@ BY_TOKEN = ("smora", "flylora", "arrow", "xlora", "amlora", "mora")
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """A tiny Llama, its stem one layer."""
+    """A tiny Llama, its stem two layers, read behind the first."""
     folder = tiny_llama(tmp_path_factory.mktemp("llama"))
-    return load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=1, threads=1), folder)
+    config = ModelConfig(name="tiny", dtype="float32", stem_layers=2, feature_layers=1, threads=1)
+    return load_backbone(config, folder)
 
 
 @pytest.fixture
@@ -554,6 +555,21 @@ def test_training_in_company_repeats_to_the_bit(stage: Stage, method: str) -> No
         here = taught(with_slots(stage, {}), gate, "ab", trained=True)
         adapters.append([here.pool.blocks(2, layer)[1].clone() for layer in here.pool.shapes])
     assert all(torch.equal(one, two) for one, two in zip(*adapters, strict=True))
+
+
+@pytest.mark.parametrize("method", IN_COMPANY)
+def test_a_company_reads_rows_where_they_are_served_from(stage: Stage, method: str) -> None:
+    """States that are kept from step to step are not those of a deeper layer: whole passes give the same losses."""
+    losses = []
+    for may_cache in (True, False):
+        gate = expert_free(GATES[method](), method)
+        memory = {"a": memory_of(stage.backbone, "a")}
+        lesson = Lesson(expert_id="a", memory=memory, seed=0)
+        start = gate.start(stage, lesson) if isinstance(gate, FlyLoRAGate) else None
+        company = gate.company(stage, lesson)
+        options = TrainingOptions(seed=0, company=company, start=start, may_cache_stem=may_cache)
+        losses.append(train_expert(stage.backbone, lesson.own.rows, RECIPE, options).losses)
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", IN_COMPANY)

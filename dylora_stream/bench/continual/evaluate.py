@@ -24,7 +24,7 @@ from dylora_stream.core.novelty import distinct
 from dylora_stream.core.routing import NULL_EXPERT, Routing
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.backbone import IGNORED, Tokens
-from dylora_stream.model.features import length_sorted, stem_states
+from dylora_stream.model.features import length_sorted, read_states
 from dylora_stream.model.gates.base import Gate, Scene
 from dylora_stream.model.stem import StemOutput
 from dylora_stream.model.training import score_rows
@@ -143,7 +143,7 @@ class Examiner:
         batches = []
         for rows in length_sorted([len(prompt) for prompt in prompts], BATCH):
             tokens = backbone.pad([prompts[row] for row in rows])
-            batches.append((rows, StemOutput.of(stem_states(backbone, tokens), tokens.attention_mask)))
+            batches.append((rows, StemOutput.of(read_states(backbone, tokens), tokens.attention_mask)))
         size = sum(stem.states.nbytes for _, stem in batches)
         if size <= self._room:
             self._stems[name], self._room = batches, self._room - size

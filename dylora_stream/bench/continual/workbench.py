@@ -128,7 +128,7 @@ class Workbench:
     def features(self, name: str, seed: int) -> np.ndarray:
         """(n, d) float32 stem features of a task's training rows, read once."""
         backbone, rows = self.backbone, self.lessons[name, seed]
-        where = {"backbone": backbone.digest, "dtype": str(backbone.dtype), "stem": backbone.stem_layers}
+        where = {"backbone": backbone.digest, "dtype": str(backbone.dtype), "stem": backbone.read_layers}
         key = digest(**where, template=backbone.template.text, rows=rows.digest)
         found = self.store.tensors("features", key)
         if found is None:

@@ -14,7 +14,7 @@ from dylora_stream.bench.novelty.judging import Ground
 from dylora_stream.core.novelty import NoveltyScorer
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.model.features import StemReading, feature_rows, stem_features, stem_states
+from dylora_stream.model.features import StemReading, feature_rows, read_states, stem_features
 
 __all__ = ["Cost", "measure_cost"]
 
@@ -65,7 +65,7 @@ class _Batch:
         self._backbone = backbone
         self._tokens = backbone.pad(rng.integers(len(backbone.tokenizer), size=(ROWS, TOKENS)).tolist())
         self._texts = [backbone.decode(row.tolist()) for row in self._tokens.input_ids]
-        self._states = stem_states(backbone, self._tokens)
+        self._states = read_states(backbone, self._tokens)
 
     @torch.no_grad()
     def run(self) -> None:

@@ -94,7 +94,7 @@ def by_ranks(stage: Stage, ranks: RankGate) -> Gating:
 
 
 def by_stem(stage: Stage, decide: Callable[[StemOutput], None]) -> Gating:
-    """`decide` is called at the stem's end with the prompts' states, and sets the pool's gates."""
+    """`decide` is called where rows are read, with the prompts' states, and sets the pool's gates."""
 
     @contextmanager
     def gating(tokens: Tokens) -> Iterator[None]:

@@ -101,7 +101,7 @@ class RowRanks(Tabled):
 
 
 class RowCompany(Among):
-    """The young expert among all old ones; gates are set at the stem's end, with gradients."""
+    """The young expert among all old ones; gates are set where rows are read, with gradients."""
 
     def __init__(self, stage: Stage, gate: RowRanks, expert_id: str) -> None:
         super().__init__(stage)
