@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from dylora_stream.cli import daemon, machine, showcase, streams, views
+from dylora_stream.cli import daemon, letters, machine, showcase, streams, views
 from dylora_stream.core.errors import DyloraError
 
 __all__ = ["app", "main"]
@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (daemon, streams, views, machine, showcase):
+for group in (daemon, streams, views, letters, machine, showcase):
     group.register(app)
 
 

@@ -1,15 +1,18 @@
-"""Commands that send: produce, replay, score."""
+"""Commands that send or read whole streams: produce, record, replay; and score."""
 
 import dataclasses
 import sys
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.core.errors import DyloraError
+from dylora_stream.core.messages import Topic
 from dylora_stream.ops.files import (
     FileFormat,
     FileRecord,
@@ -17,6 +20,7 @@ from dylora_stream.ops.files import (
     count_rows,
     paced,
     read_records,
+    record_row,
     timed,
 )
 
@@ -37,6 +41,7 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to send; a
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command("produce", rich_help_panel="Streams")(produce)
+    app.command("record", rich_help_panel="Streams")(record)
     app.command("replay", rich_help_panel="Streams")(replay)
     app.command("score", rich_help_panel="Streams")(score)
 
@@ -68,6 +73,38 @@ def produce(
     options = ReadOptions(format=file_format, key_field=key_field, limit=limit, shuffle_seed=shuffle)
     records = paced(read_records(file, options), rate, SystemClock(), time.sleep)
     _send(records, count_rows(file, options), settings_from(config, assignments, bootstrap))
+
+
+def record(
+    topic: Annotated[Topic, typer.Argument(help="What to read.")],
+    file: Annotated[Path, typer.Argument(help="A new file; JSONL, a record a line.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what comes, until Ctrl-C or --limit.")
+    ] = False,
+    limit: LimitOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    bootstrap: BootstrapOption = None,
+) -> None:
+    """Write a topic to a file, from its beginning to where it ends now: values, keys, headers and times.
+
+    `replay` sends such a file again, byte for byte.
+    """
+    from dylora_stream.bootstrap.recording import recorded
+
+    settings = settings_from(config, assignments, bootstrap)
+    written = 0
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            for each in islice(recorded(settings, topic, follow=follow), limit):
+                out.write(record_row(each) + "\n")
+                written += 1
+    except FileExistsError as error:
+        raise DyloraError(f"{file} exists already: give another name, or remove it first") from error
+    except OSError as error:
+        raise DyloraError(f"{file} cannot be written: {error}") from error
+    finally:
+        typer.echo(f"{written} records in {file}")
 
 
 def replay(

@@ -201,3 +201,4 @@ class DeadLetter:
     reason: str
     message: str
     attempts: int = 1
+    is_cut: bool = False  # read back, and only the head of the value was kept

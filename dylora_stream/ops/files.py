@@ -1,7 +1,8 @@
 """Files as streams: JSONL, CSV, Parquet and plain lines become records for a topic.
 
     requests    a row with `input` (and `output`, `choices`, `id`, `tenant`, `skill`) is sent as a JSON request
-    records     a row with `value` or `value_base64` is sent byte for byte, with its `key`, `headers` and `timestamp_ms`
+    records     a row with `value` or `value_base64` is sent byte for byte, with its `key`, `headers`, `timestamp_ms`,
+                as `record_row` writes it; bytes that are no text stand as {"base64": …}
     lines       each non-empty line of any other file is sent as plain text
 
 What a row says is not judged here: refusing a wrong request, with a dead letter, is the daemon's part. Only what
@@ -20,10 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from dylora_stream.core.errors import DyloraError
-from dylora_stream.core.messages import Headers
+from dylora_stream.core.messages import Headers, RawRecord
 from dylora_stream.core.ports import Clock
 
-__all__ = ["FileFormat", "FileRecord", "ReadOptions", "count_rows", "paced", "read_records", "timed"]
+__all__ = [
+    "FileFormat",
+    "FileRecord",
+    "ReadOptions",
+    "count_rows",
+    "paced",
+    "read_records",
+    "record_row",
+    "timed",
+]
 
 JSON_HEADERS: Headers = (("content-type", b"application/json"),)
 TEXT_HEADERS: Headers = (("content-type", b"text/plain"),)
@@ -82,6 +92,18 @@ def read_records(path: Path, options: ReadOptions) -> Iterator[FileRecord]:
         yield from islice(records, options.limit)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DyloraError(f"{path} cannot be read as {_format(path, options)}: {error}") from error
+
+
+def record_row(record: RawRecord) -> str:
+    """A record as a line of JSON that `read_records` gives back byte for byte; its position is for people."""
+    row = {
+        "position": str(record.position),
+        "timestamp_ms": record.timestamp_ms,
+        "key": _written(record.key),
+        "headers": [[name, _written(value)] for name, value in record.headers],
+        "value": _written(record.value),
+    }
+    return json.dumps(row, ensure_ascii=False)
 
 
 def count_rows(path: Path, options: ReadOptions) -> int:
@@ -243,9 +265,21 @@ def _as_recorded(row: Mapping[str, Any], place: str) -> FileRecord:
         ) from error
 
 
+def _written(value: bytes | None) -> str | dict[str, str] | None:
+    """Text where the bytes are text."""
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode()}
+
+
 def _bytes(value: Any) -> bytes | None:
     if value is None or isinstance(value, bytes):
         return value
+    if isinstance(value, Mapping) and value.keys() == {"base64"}:
+        return base64.b64decode(value["base64"], validate=True)
     if isinstance(value, str):
         return value.encode()
     return json.dumps(value, ensure_ascii=False).encode()

@@ -370,6 +370,7 @@ def decode_dead_letter(record: RawRecord) -> DeadLetter:
             reason=errors["class"],
             message=errors["message"],
             attempts=attempts,
+            is_cut="pointer" in errors,
         )
     except (KeyError, ValueError) as error:
         raise BadRecord("wrong_type", f"not a dead letter: {error}") from error

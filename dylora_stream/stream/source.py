@@ -14,7 +14,7 @@ Invariant: no record is handed out before its generation's partitions were settl
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -366,25 +366,32 @@ class KafkaChangelog:
 
     def catch_up(self, timeout_s: float) -> list[RawRecord]:
         """See core.ports.Changelog.catch_up."""
-        records: list[RawRecord] = []
-        end = time.monotonic() + timeout_s
+        return [record for records in self.to_end(timeout_s) for record in records]
+
+    def to_end(self, timeout_s: float) -> Iterator[list[RawRecord]]:
+        """What stands in the topics up to where they end now, as it comes; BrokerUnreachable when none comes for so
+        long."""
         with kafka_errors(f"reading {self._name}"):
             ends = self._consumer.end_offsets(self._partitions, timeout_ms=round(timeout_s * 1000))
-            while any(self._position(part) < ends[part] for part in self._partitions):
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise BrokerUnreachable(
-                        f"{self._name} could not be read to its end in {timeout_s:g} s; {len(records)} records came"
-                    )
-                records.extend(
-                    in_order(poll(self._consumer, min(left, 0.1), is_paced=self._config.is_embedded))
+        last_s = time.monotonic()
+        while self._is_before(ends):
+            records = self.poll(0.1)
+            if records:
+                yield records
+                last_s = time.monotonic()
+            elif time.monotonic() - last_s > timeout_s:
+                raise BrokerUnreachable(
+                    f"{self._name} could not be read to its end: nothing came for {timeout_s:g} s"
                 )
-        return records
 
     def close(self) -> None:
         """See core.ports.Changelog.close."""
         with suppress(KafkaError, OSError):
             self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
+
+    def _is_before(self, ends: Mapping[TopicPartition, int]) -> bool:
+        with kafka_errors(f"reading {self._name}"):
+            return any(self._position(part) < ends[part] for part in self._partitions)
 
     def _position(self, partition: TopicPartition) -> int:
         return (

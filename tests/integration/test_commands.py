@@ -10,13 +10,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from kafka import KafkaProducer
 
 from dylora_stream.bootstrap.parts import open_ledger
 from dylora_stream.bootstrap.tools import newest_registry
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import Changes
-from dylora_stream.core.messages import RawRecord, Topic
+from dylora_stream.core.messages import DeadLetter, Position, RawRecord, Topic
 from dylora_stream.settings import Settings, load_settings
+from dylora_stream.stream import codec
+from dylora_stream.stream.kafka import client_options
 from dylora_stream.stream.source import KafkaChangelog
 
 pytestmark = pytest.mark.kafka
@@ -103,6 +106,64 @@ def test_replayed_records_keep_keys_headers_and_times(
     assert record.timestamp_ms == sent_ms
     command("replay", "recorded.jsonl")
     assert [record.timestamp_ms > sent_ms for record in requests_of(settings)] == [False, True]
+
+
+def test_a_recorded_topic_is_replayed_byte_for_byte(
+    command: Command, settings: Settings, tmp_path: Path
+) -> None:
+    """Text, bytes that are no text, headers and keys; a file that is there already is left alone."""
+    command("topics", "create")
+    rows = [
+        {"value": "plain", "key": "k", "headers": [["a", "1"], ["a", {"base64": "/w=="}]]},
+        {"value": {"base64": "/wA="}, "key": {"base64": "gA=="}},
+        {"value": None, "key": "gone"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command("replay", "rows.jsonl")
+    assert "3 records" in command("record", "requests", "copy.jsonl")
+    command("replay", "copy.jsonl")
+    sent = [(record.key, record.value, record.headers) for record in requests_of(settings)]
+    assert sent[:3] == sent[3:]
+    assert sent[0] == (b"k", b"plain", (("a", b"1"), ("a", b"\xff")))
+    assert sent[1][:2] == (b"\x80", b"\xff\x00")
+    assert "exists already" in command("record", "requests", "copy.jsonl", code=1)
+    assert "2 records" in command("record", "requests", "two.jsonl", "--follow", "--limit", "2")
+
+
+def test_dead_letters_are_shown_and_sent_again(command: Command, settings: Settings) -> None:
+    """Requests by their reason, as they were; one of which only the head was kept, and a sample, are passed over."""
+    command("topics", "create")
+    assert "No dead letter" in command("dead-letters", "list")
+    requests, samples = (settings.kafka.topic(topic) for topic in (Topic.REQUESTS, Topic.SAMPLES))
+    letters = [
+        DeadLetter(
+            record=RawRecord(position=Position(topic, 0, number), value=value, headers=(("h", b"1"),)),
+            stage="decode",
+            reason=reason,
+            message="why",
+        )
+        for number, (topic, value, reason) in enumerate(
+            [
+                (requests, b"{", "invalid_json"),
+                (requests, b"x" * 2_000_000, "too_large"),
+                (samples, b"s", "wrong_type"),
+            ]
+        )
+    ]
+    producer = KafkaProducer(**client_options(settings.kafka, "letters"))
+    for message in map(codec.encode_dead_letter, letters):
+        topic = settings.kafka.topic(message.topic)
+        producer.send(topic, key=message.key, value=message.value, headers=list(message.headers))
+    producer.close()
+    shown = command("dead-letters", "list")
+    assert all(word in shown for word in ("invalid_json", "too_large", "wrong_type"))
+    assert "too_large" not in command("dead-letters", "list", "--reason", "invalid_json")
+    assert "0 requests sent again, 1 passed over" in command(
+        "dead-letters", "replay", "--reason", "too_large"
+    )
+    assert "1 requests sent again, 2 passed over" in command("dead-letters", "replay")
+    (again,) = requests_of(settings)
+    assert (again.value, again.headers) == (b"{", (("h", b"1"),))
 
 
 def test_without_experts_the_commands_say_so(command: Command, settings: Settings) -> None:

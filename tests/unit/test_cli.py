@@ -20,7 +20,8 @@ from dylora_stream.core.errors import DyloraError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 
 COMMANDS = [
-    ("run",), ("broker",), ("produce",), ("replay",), ("score",), ("doctor",), ("config", "show"), ("model", "fetch"),
+    ("run",), ("broker",), ("produce",), ("record",), ("replay",), ("score",), ("doctor",), ("config", "show"),
+    ("model", "fetch"), ("dead-letters", "list"), ("dead-letters", "replay"),
     ("version",), ("demo",), ("bench", "throughput"), ("bench", "continual"), ("bench", "novelty"),
     ("experts", "list"), ("experts", "show"), ("experts", "export"), ("experts", "retire"), ("samples", "stats"),
     ("topics", "list"), ("topics", "create"), ("child",),
