@@ -46,7 +46,7 @@ class Recipe:
     alpha: float = 16.0
     """Scale of the update is alpha / rank."""
     max_row_tokens: int = 1024
-    """Tokens of a row, answer included; longer rows are left out of training."""
+    """Tokens of a row, answer included; longer rows are left out of training and check."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("wsd", "cyclical"):

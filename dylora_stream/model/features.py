@@ -19,8 +19,12 @@ An answer row says what kind of answer is right:
                   answer (TRAK 2303.14186 and LESS 2402.04333 project per-example gradients too). Of length 1
     state   d     mean of the states h_t
     tokens        of the answer and its text, see `core.lexical`
+
+Of a long answer the beginning is read: how a row is to be answered shows early, and logits over the vocabulary cost
+half a gigabyte a thousand answer tokens.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,14 +48,17 @@ from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.identity import FEATURE_VERSION, feature_space_name
 
 __all__ = [
-    "FEATURE_VERSION", "SKETCH_SIZE", "EarlyPool", "LabelledText", "StemReading", "answer_rows", "answer_size",
-    "feature_rows", "feature_space", "length_sorted", "read_rows", "read_states", "read_stem", "row_size",
-    "states_behind", "stem_features",
+    "FEATURE_VERSION", "SKETCH_SIZE", "EarlyPool", "LabelledText", "StemReading", "answer_batches", "answer_rows",
+    "answer_size", "feature_rows", "feature_space", "length_sorted", "longest_row", "read_rows", "read_states",
+    "read_stem", "row_size", "states_behind", "stem_features",
 ]  # fmt: skip
 
 SKETCH_SIZE = 512  # numbers of an answer sketch
 SKETCH_SEED = 20_240_229  # of the two projections: part of FEATURE_VERSION
 BATCH = 16  # rows of one pass
+ANSWER_READ = 256  # tokens of an answer that its row is made from
+ANSWER_CHARACTERS = 16 * ANSWER_READ  # ... and of its text, so that a megabyte is not cut into tokens first
+PASS_ANSWER_TOKENS = 2048  # of one pass: 1 GB of logits over a vocabulary of 49,000; 16 answers of 128 tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,15 +207,14 @@ def read_rows(backbone: Backbone, inputs: Sequence[str]) -> np.ndarray:
 def answer_rows(
     backbone: Backbone, rows: Sequence[LabelledText], progress: Callable[[int, int], None] | None = None
 ) -> np.ndarray:
-    """(n, A) float32 answer rows under the bare backbone."""
+    """(n, A) float32 answer rows under the bare backbone, each from the first `ANSWER_READ` tokens of its answer."""
     found = np.zeros((len(rows), answer_size(backbone)), dtype=np.float32)
     prompts = backbone.prompt_ids([row.input for row in rows])
-    targets = backbone.target_ids([row.output for row in rows])
+    targets = _beginnings(backbone, prompts, [row.output for row in rows])
     words = answer_tokens(targets, [row.output for row in rows])
     project_gradient, project_state = _projections(backbone.width, backbone.device)
-    lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
     done = 0
-    for chosen in length_sorted(lengths, BATCH):
+    for chosen in answer_batches(prompts, targets, BATCH):
         tokens = backbone.pad([prompts[row] for row in chosen], [targets[row] for row in chosen])
         states, gradients = _head_gradients(backbone, tokens)
         products = (gradients @ project_gradient) * (states @ project_state)  # (answer tokens, SKETCH_SIZE)
@@ -226,6 +232,39 @@ def length_sorted(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Row numbers in batches of near-equal length, short ones first; the same lengths give the same batches."""
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def answer_batches(
+    prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], batch: int
+) -> list[list[int]]:
+    """Row numbers as `length_sorted` batches them; a batch with more than `PASS_ANSWER_TOKENS` is several."""
+    lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
+    parts: list[list[int]] = []
+    for chosen in length_sorted(lengths, batch):
+        parts.append([])
+        tokens = 0
+        for row in chosen:
+            if parts[-1] and tokens + len(targets[row]) > PASS_ANSWER_TOKENS:
+                parts.append([])
+                tokens = 0
+            parts[-1].append(row)
+            tokens += len(targets[row])
+    return parts
+
+
+def longest_row(backbone: Backbone) -> int:
+    """Tokens, answer included, that the model has positions for."""
+    config = backbone.model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+
+def _beginnings(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], outputs: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of each answer's beginning: what is read of it, and has a place behind its prompt."""
+    whole = backbone.target_ids([output[:ANSWER_CHARACTERS] for output in outputs])
+    places = [longest_row(backbone) - len(prompt) for prompt in prompts]
+    return [ids[: max(1, min(ANSWER_READ, room))] for ids, room in zip(whole, places, strict=True)]
 
 
 def _means(values: Tensor, counts: Sequence[int]) -> Tensor:

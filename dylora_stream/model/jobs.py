@@ -30,6 +30,7 @@ from dylora_stream.model.live import read_expert
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.reference import write_reference
 from dylora_stream.model.router import RouterParts
+from dylora_stream.model.training import fitting
 from dylora_stream.model.trial import Outcome, Rival, Trial, TrialPlan, Workshop
 
 __all__ = ["run_job", "serve_jobs"]
@@ -115,17 +116,20 @@ def _sketch(workshop: Workshop, rows: Sequence[Mapping[str, Any]], result: Path)
 def _train(
     workshop: Workshop, spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], result: Path
 ) -> dict[str, Any]:
-    """A seed or consolidate job, and the files of a promoted version."""
+    """A seed or consolidate job, and the files of a promoted version. Rows too long to train on are not checked on
+    either."""
     router = spec["registry"].get("router")
+    recipe = Recipe(**spec["recipe"])
+    labelled = _labelled([row for row in rows if row["output"] is not None])
     plan = TrialPlan(
         expert_id=spec["expert_id"],
         version=int(spec["version"]),
         tenant=spec["tenant"],
         is_seed=spec["kind"] == "seed",
         seed=int(spec["seed"]),
-        recipe=Recipe(**spec["recipe"]),
+        recipe=recipe,
         check=CheckConfig(**spec.get("check", {})),
-        rows=_labelled([row for row in rows if row["output"] is not None]),
+        rows=fitting(workshop.backbone, labelled, recipe),
         rivals=[_rival(entry) for entry in spec["registry"]["experts"]],
         network=RouterNetwork.load(Path(router), workshop.backbone.width) if router else None,
     )

@@ -26,10 +26,17 @@ from dylora_stream.core.recipes import Recipe, rate_at, steps_of
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
-from dylora_stream.model.features import LabelledText, length_sorted, states_behind
+from dylora_stream.model.features import (
+    LabelledText,
+    answer_batches,
+    length_sorted,
+    longest_row,
+    states_behind,
+)
 
 __all__ = [
-    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "row_losses", "score_rows", "train_expert",
+    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "row_losses", "score_rows",
+    "train_expert",
 ]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
@@ -109,6 +116,15 @@ class _Row:
         return len(self.prompt) + len(self.target)
 
 
+def fitting(backbone: Backbone, rows: Sequence[LabelledText], recipe: Recipe) -> list[LabelledText]:
+    """Rows that are trained on: answer included, within the recipe's tokens and the model's positions.
+
+    One at a time: the tokens of a megabyte take many times its memory, and such a row is left out.
+    """
+    most = min(recipe.max_row_tokens, longest_row(backbone))
+    return [row for row in rows if len(_tokenised(backbone, [row])[0]) <= most]
+
+
 def train_expert(
     backbone: Backbone,
     rows: Sequence[LabelledText],
@@ -119,7 +135,7 @@ def train_expert(
 
     Raises TrainingFailed when no row is usable, or the loss stops being a number.
     """
-    usable = [row for row in _tokenised(backbone, rows) if len(row) <= recipe.max_row_tokens]
+    usable = _tokenised(backbone, fitting(backbone, rows, recipe))
     if not usable:
         raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
     with plain_attention(backbone, recipe.batch_size, max(len(row) for row in usable)):
@@ -186,7 +202,9 @@ def score_rows(
     losses = np.zeros(len(rows), dtype=np.float32)
     is_exact = np.zeros(len(rows), dtype=bool)
     with attached(backbone, adapter.tensors if adapter else {}, 1.0):
-        for chosen in length_sorted([len(row) for row in tokenised], SCORE_BATCH):
+        for chosen in answer_batches(
+            [row.prompt for row in tokenised], [row.target for row in tokenised], SCORE_BATCH
+        ):
             tokens = _padded(backbone, [tokenised[row] for row in chosen])
             with gate(chosen, tokens) if gate else nullcontext():
                 logits = backbone.answer_logits(tokens).float()

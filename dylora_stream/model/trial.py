@@ -125,7 +125,10 @@ class Trial:
         """The steps of the module's docstring. Raises TrainingFailed."""
         plan = self._plan
         if len(plan.rows) < 2:
-            raise TrainingFailed(f"{len(plan.rows)} labelled rows cannot be split into training and check")
+            raise TrainingFailed(
+                f"{len(plan.rows)} labelled rows within {plan.recipe.max_row_tokens} tokens cannot be split into "
+                "training and check"
+            )
         if not plan.is_seed and plan.served is None:
             raise TrainingFailed(
                 f"{plan.expert_id} is not in the registry: there is no version to start from"

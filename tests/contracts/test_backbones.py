@@ -1,7 +1,9 @@
 """One contract for every backbone: a tiny Llama, and a tiny GPT-2 with fused projections and Conv1D layers."""
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from dylora_stream.model.backbone import (
 )
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.features import (
+    ANSWER_READ,
+    PASS_ANSWER_TOKENS,
     SKETCH_SIZE,
     LabelledText,
     answer_rows,
@@ -37,7 +41,14 @@ from dylora_stream.model.features import (
     stem_features,
 )
 from dylora_stream.model.process import keep_freed_memory
-from dylora_stream.model.training import Trained, TrainingOptions, row_losses, score_rows, train_expert
+from dylora_stream.model.training import (
+    Trained,
+    TrainingOptions,
+    fitting,
+    row_losses,
+    score_rows,
+    train_expert,
+)
 
 ROWS = [
     LabelledText(input=text, output=text.split()[0].upper())
@@ -156,6 +167,54 @@ def test_a_sketch_is_the_projected_gradient_of_the_answer_s_loss(backbone: Backb
     np.testing.assert_allclose(
         answer_rows(backbone, [row])[0, :SKETCH_SIZE], expected.detach().numpy(), atol=1e-5
     )
+
+
+@contextmanager
+def answer_tokens_a_pass(backbone: Backbone) -> Iterator[list[int]]:
+    """How many answer tokens' logits each pass computes."""
+    seen: list[int] = []
+    handle = backbone.head.register_forward_hook(lambda _head, _args, logits: seen.append(logits.shape[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_a_long_answer_is_read_by_its_beginning(backbone: Backbone) -> None:
+    """A megabyte costs what a page does, has a place behind its prompt, and says how such a row is answered."""
+    begin = " ".join(["ONE"] * ANSWER_READ)
+    endless = [
+        LabelledText(input=text, output=begin + 250_000 * end)
+        for text, end in (("one two", " TWO"), ("one two", " SIX"), ("one " * 100, " TWO"))
+    ]
+    with answer_tokens_a_pass(backbone) as passes:
+        first, second, squeezed = answer_rows(backbone, endless)
+    hashed = slice(-129, -1)  # the whole answer's own 128 numbers, which differ
+    np.testing.assert_allclose(np.delete(first, hashed), np.delete(second, hashed), atol=1e-5)
+    assert np.isfinite(squeezed).all()
+    assert sum(passes) <= len(endless) * ANSWER_READ
+
+
+def test_a_pass_over_long_answers_holds_fewer_rows(backbone: Backbone) -> None:
+    """Scoring and reading compute logits of so many answer tokens at once, whatever the rows; scores stay the same."""
+    rows = [LabelledText(input=row.input, output=row.output + " Z" * 190) for row in ROWS * 2]
+    with answer_tokens_a_pass(backbone) as passes:
+        scored, read = score_rows(backbone, rows), answer_rows(backbone, rows)
+    assert len(passes) > 2
+    assert max(passes) <= PASS_ANSWER_TOKENS
+    alone = np.concatenate([row_losses(backbone, [row]) for row in rows])
+    np.testing.assert_allclose(scored.losses, alone, rtol=1e-4)
+    assert np.isfinite(read).all()
+
+
+def test_rows_that_are_too_long_are_left_out_of_training(backbone: Backbone) -> None:
+    """Longer than the recipe allows, or than the model has positions for: the others alone give the same expert."""
+    recipe = replace(RECIPE, max_row_tokens=10_000)
+    long = [LabelledText(input="long", output="x" * 600), LabelledText(input="endless", output="x" * 300_000)]
+    assert fitting(backbone, [*long, *ROWS], recipe) == ROWS
+    with_long = train_expert(backbone, [*ROWS, *long], recipe, TrainingOptions(seed=1))
+    assert with_long.rows == len(ROWS)
+    assert same_adapters(with_long, train_expert(backbone, ROWS, recipe, TrainingOptions(seed=1)))
 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(backbone: Backbone) -> None:

@@ -215,6 +215,14 @@ def test_a_consolidation_gives_a_second_version_that_its_held_out_rows_prefer(
     assert not held_out & second
 
 
+def test_rows_too_long_to_train_on_are_not_checked_on_either(backbone: Backbone, tmp_path: Path) -> None:
+    """They count neither among trained nor among held-out rows, wherever they fall."""
+    long = [{**row, "output": "yes" * 5000} for row in letter_rows(60, 80)]
+    recipe = asdict(RECIPE) | {"epochs": 1}
+    report = report_of(play(backbone, tmp_path, job("long", recipe=recipe), [*letter_rows(0, 40), *long])[0])
+    assert report["trained_rows"] + report["heldout"]["rows"] == 40
+
+
 def test_a_job_that_fails_is_told_and_the_next_one_is_done(backbone: Backbone, tmp_path: Path) -> None:
     """A folder that is none, a job for another backbone, then a good one, and that one again without work."""
     other, _ = play(backbone, tmp_path, {"kind": "sketch", "backbone": "f" * 64, "expert_id": "x"}, [])
