@@ -35,6 +35,7 @@ EVENTS = {
     "role_fell": "serve or learn ended by itself and is started again after a pause",
     "role_killed": "a role did not end in time and was killed",
     "role_started": "the supervisor started serve or learn",
+    "row_given_up": "the child fails whenever it sketches this row, alone too; it is not learned from",
     "sample_unreadable": "a record of the samples topic is not a sample; it is left out",
     "topic_created": "a missing topic was created",
     "training_completed": "a job ended with a decision",

@@ -47,7 +47,7 @@ class RowState(StrEnum):
     UNLABELLED = "unlabelled"  # novel, without a right answer so far
     CLUSTERED = "clustered"  # in a cluster's buffer
     ASSIGNED = "assigned"  # belongs to an expert
-    SETTLED = "settled"  # of a skill the backbone has, one that cannot be learned, or a retired expert's
+    SETTLED = "settled"  # a skill's that the backbone has or that cannot be learned, a retired expert's, or given up
 
 
 class ClusterState(StrEnum):

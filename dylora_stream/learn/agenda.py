@@ -1,7 +1,8 @@
 """The one thing worth a child process now: sketches, then a full buffer, then an expert with new rows.
 
-Nothing is changed here but the memory of what came to nothing: a sketch job that failed is left alone for a while, an
-expert whose consolidation was in vain waits for twice as many new rows.
+Nothing is changed here but the memory of what came to nothing: a sketch job that failed is left alone for a while and
+asked for again with fewer rows (`learn.sketching`), an expert whose consolidation was in vain waits for twice as many
+new rows.
 """
 
 from collections import Counter
@@ -11,11 +12,10 @@ from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import ClusterRecord, ClusterState, JobKind, JobRecord, LedgerRow, RowState
 from dylora_stream.core.ports import Clock
 from dylora_stream.learn.buffers import Buffers
-from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, newest_distinct
+from dylora_stream.learn.lifecycle import LifecycleConfig, newest_distinct
+from dylora_stream.learn.sketching import Sketching
 
 __all__ = ["Agenda", "JobRequest"]
-
-SKETCHED_AT_ONCE = 256  # rows of one sketch job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Agenda:
         self._buffers, self._slots = buffers, slots
         self._rules = rules
         self._clock = clock
-        self._sketching = BackOff(rules.sketch_after_s)
+        self._sketching = Sketching(rules, clock)
         self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
 
     def next(self, registry: Registry) -> JobRequest | None:
@@ -48,14 +48,16 @@ class Agenda:
         """Clusters that would be experts, were there a place in the pool."""
         return self._ready() if self._is_full(registry) else []
 
-    def was_sketched(self) -> None:
+    def was_sketched(self, job: JobRecord) -> None:
         """A sketch job was done."""
-        self._sketching.failures = 0
+        self._sketching.done(job)
+
+    def was_not_sketched(self, job: JobRecord) -> str | None:
+        """A sketch job failed; the position of the row that is to be given up for it, if it is one."""
+        return self._sketching.failed(job)
 
     def was_in_vain(self, job: JobRecord) -> None:
         """The job failed, or its version was rejected."""
-        if job.kind is JobKind.SKETCH:
-            self._sketching.failed(self._clock.now_ms())
         if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
             self._vain_attempts[job.expert_id] += 1
 
@@ -64,14 +66,8 @@ class Agenda:
         self._vain_attempts.pop(expert_id, None)
 
     def _sketch_job(self) -> JobRequest | None:
-        waiting = self._buffers.rows.in_state(RowState.WAITING)
-        if not waiting or self._clock.now_ms() < self._sketching.until_ms:
-            return None
-        waited_s = (self._clock.now_ms() - waiting[0].time_ms) / 1000
-        if len(waiting) < self._rules.sketch_rows and waited_s < self._rules.sketch_after_s:
-            return None
-        rows = tuple(waiting[:SKETCHED_AT_ONCE])
-        return JobRequest(kind=JobKind.SKETCH, tenant=waiting[0].tenant, rows=rows)
+        rows = self._sketching.next(self._buffers.rows.in_state(RowState.WAITING))
+        return JobRequest(kind=JobKind.SKETCH, tenant=rows[0].tenant, rows=rows) if rows else None
 
     def _is_full(self, registry: Registry) -> bool:
         return len(registry.experts) >= self._slots

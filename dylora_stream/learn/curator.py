@@ -206,7 +206,7 @@ class Curator:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.DONE)
-        self._agenda.was_sketched()
+        self._agenda.was_sketched(job)
         for position, sketch in sketches.items():
             row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
@@ -244,7 +244,7 @@ class Curator:
         return changes
 
     def failed(self, job: JobRecord, error: str) -> Changes:
-        """A job ended without a result."""
+        """A job ended without a result. Rows among the changes are given up: the child cannot sketch them."""
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.FAILED, {"error": error})
         entity = job.expert_id or job.job_id
@@ -253,8 +253,15 @@ class Curator:
         )
         if job.cluster_id is not None:
             self._back_off(self._buffers.clusters[job.cluster_id], changes)
+        if job.kind is JobKind.SKETCH:
+            self._give_up(self._agenda.was_not_sketched(job), changes)
         self._agenda.was_in_vain(job)
         return changes
+
+    def _give_up(self, position: str | None, changes: Changes) -> None:
+        row = self._buffers.rows.get(position or "")
+        if row is not None and row.state is RowState.WAITING:
+            self._buffers.put(replace(row, state=RowState.SETTLED), changes)
 
     def _ended(self, job: JobRecord, state: JobState, report: Mapping[str, Any] | None = None) -> JobRecord:
         """The job's record; its rows may be let go of again."""

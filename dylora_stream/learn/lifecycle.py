@@ -86,6 +86,14 @@ class BackOff:
     failures: int = 0
     until_ms: int = 0
 
+    def pause(self, now_ms: int) -> None:
+        """It failed, and what is tried next is something else: the first, short while, not doubled."""
+        self.until_ms = now_ms + round(1000 * self.first_s)
+
+    def end(self) -> None:
+        """It did not fail."""
+        self.failures = self.until_ms = 0
+
     def failed(self, now_ms: int) -> None:
         """It failed once more."""
         doublings = min(self.failures, MOST_DOUBLINGS)

@@ -231,7 +231,10 @@ class LearnService:
         self._running = None
         if update.result is None:
             log.warning("training_failed", job=job.job_id, kind=job.kind, reason=update.error)
-            self._commit(self._curator.failed(job, update.error or "no result"))
+            changes = self._curator.failed(job, update.error or "no result")
+            for position in changes.rows:
+                log.warning("row_given_up", position=position, job=job.job_id, reason=update.error)
+            self._commit(changes)
             self._ports.metrics.job_ended(job.kind, "failed")
         else:
             self._commit(self._finish(job, update.result))

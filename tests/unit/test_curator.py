@@ -167,16 +167,60 @@ def test_a_failed_job_backs_off_like_a_rejected_one() -> None:
     assert desk.ledger.load().jobs == ()
 
 
+def fail(desk: Desk) -> int:
+    """The next sketch job, which fails; how many rows it had."""
+    job = desk.start()
+    assert job.kind is JobKind.SKETCH
+    desk.commit(desk.curator.failed(job, "no model"))
+    return len(job.positions)
+
+
 def test_a_failed_sketch_job_does_not_start_again_at_once() -> None:
-    """A child that cannot do it is left alone for a while, longer after each failure; then it is asked again."""
+    """A child that cannot do it is asked again with fewer rows; once one row fails, longer after each failure."""
     desk = Desk()
     desk.take(texts("apple", 0, RULES.sketch_rows))
-    for factor in (1, 2, 4):
-        desk.commit(desk.curator.failed(desk.start(), "no model"))
+    rows = RULES.sketch_rows
+    for factor in (1, 1, 1, 1, 2, 4):
+        assert fail(desk) == rows
         desk.clock.advance(factor * RULES.sketch_after_s - 0.1)
         assert desk.curator.next_job() is None
         desk.clock.advance(0.2)
-    assert desk.start().kind is JobKind.SKETCH
+        rows = max(rows // 2, 1)
+
+
+def test_nothing_is_given_up_while_every_sketch_job_fails() -> None:
+    """It is not the rows: once the child is able again, all of them find their clusters."""
+    desk = Desk()
+    desk.take(texts("apple", 0, RULES.sketch_rows))
+    for _ in range(3 * RULES.sketch_rows):
+        fail(desk)
+        desk.clock.advance(3600)
+    assert {row.state for row in desk.rows} == {RowState.WAITING}
+    while desk.curator.next_job() is not None:
+        desk.sketch()
+        desk.clock.advance(RULES.sketch_after_s)
+    assert {row.state for row in desk.rows} == {RowState.CLUSTERED}
+
+
+@pytest.mark.parametrize("place", [0, 17, 29])
+def test_a_row_that_cannot_be_sketched_stops_nobody(place: int) -> None:
+    """Found among others by halves, tried alone twice, given up; the others are gathered as if it were not there."""
+    desk = Desk()
+    poison = texts("apple", 0, 30)[place]
+    desk.take(texts("apple", 0, 30))
+    attempts = 0
+    while (request := desk.curator.next_job()) is not None:
+        assert request.kind is JobKind.SKETCH
+        if poison in {row.input for row in request.rows}:
+            fail(desk)
+        else:
+            desk.sketch()
+        attempts += 1
+        desk.clock.advance(64 * RULES.sketch_after_s)
+    states = {row.input: row.state for row in desk.rows}
+    assert states.pop(poison) is RowState.SETTLED
+    assert set(states.values()) == {RowState.CLUSTERED}
+    assert attempts < 20
 
 
 def known(desk: Desk, expert: str, begin: int, count: int, *, is_right: bool = True) -> None:

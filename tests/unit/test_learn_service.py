@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from learning import (
     CLUSTERING,
     CODEC,
@@ -423,6 +424,32 @@ def test_a_childs_error_is_an_event_and_backs_off(workshop: Workshop) -> None:
     assert workshop.metrics.jobs == [("sketch", "failed")]
     workshop.is_able = True
     workshop.steps(STEPS)
+    assert len(workshop.events(EventType.EXPERT_SPAWNED)) == 1
+
+
+class Choking(Workshop):
+    """Its child dies of one row."""
+
+    def work(self, job: Path) -> Path:
+        """See Workshop."""
+        if "POISON" in (job / "rows.jsonl").read_text():
+            self.submitted.append(job.name)
+            raise RuntimeError("the child process ended with code -9")
+        return super().work(job)
+
+
+def test_a_row_that_kills_the_child_is_given_up_and_told(tmp_path: Path) -> None:
+    """The oldest of all: the others become an expert within minutes."""
+    workshop = Choking(tmp_path)
+    poison = sample("apple 999", 0, output="POISON", timestamp_ms=workshop.clock.now_ms())
+    message = CODEC.encode_sample(poison)
+    workshop.broker.append(message.topic, message.value, message.key, message.headers)
+    workshop.send(INPUTS, begin=1)
+    with structlog.testing.capture_logs() as logs:
+        workshop.steps(180)
+    settled = [row for row in workshop.ledger.load().rows if row.state is RowState.SETTLED]
+    assert [row.output for row in settled] == ["POISON"]
+    assert [line["position"] for line in logs if line["event"] == "row_given_up"] == [settled[0].position]
     assert len(workshop.events(EventType.EXPERT_SPAWNED)) == 1
 
 
