@@ -2,9 +2,12 @@
 
 A job is a folder: `job.json` (what to do), `rows.jsonl` (with what), and, once done, `result/`. Its name is the digest
 of rows, recipe, seed, threads and backbone, so the same job asked for twice is the same folder, and a result that is
-already there is taken as it is. The child is exec'd, never forked, into a session of its own, niced, with one thread
-fewer than the machine has cores; it stays between jobs (importing torch takes seconds), and ends when its standard
-input closes, so it cannot outlive this process.
+already there is taken as it is. A folder lives as long as its job runs: what came of it is in the ledger and the expert
+store once its end is committed, and rows of the stream are not left lying in files.
+
+The child is exec'd, never forked, into a session of its own, niced, with one thread fewer than the machine has cores;
+it stays between jobs (importing torch takes seconds), and ends when its standard input closes, so it cannot outlive
+this process.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import queue
 import shutil
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import structlog
 from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.ports import JobUpdate
 
-__all__ = ["ChildProcess", "job_digest", "read_report", "write_job"]
+__all__ = ["ChildProcess", "job_digest", "read_report", "remove_job", "remove_jobs_but", "write_job"]
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +54,18 @@ def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Seq
     (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
     aside.rename(folder)
     return folder
+
+
+def remove_job(root: Path, job_id: str) -> None:
+    """The folder of a job whose end is committed goes, with all that is in it."""
+    shutil.rmtree(root / job_id, ignore_errors=True)
+
+
+def remove_jobs_but(root: Path, running: Collection[str]) -> None:
+    """Folders of all other jobs go: of one that ended just before this process did, or was never begun."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        if folder.name not in running:
+            remove_job(root, folder.name)
 
 
 def _row_document(row: LedgerRow) -> dict[str, Any]:

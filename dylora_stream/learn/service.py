@@ -4,7 +4,8 @@ The order of a step:
 
     1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
-    3  experts that an operator retires, and what the child said, are decided about and committed the same way
+    3  experts that an operator retires, and what the child said, are decided about and committed the same way; the
+       folder of a job whose end is committed is removed
     4  the next job's folder is written, its start committed, and then the child is told
     5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
     6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
@@ -41,7 +42,7 @@ from dylora_stream.core.ports import (
     Source,
 )
 from dylora_stream.learn.curator import Curator
-from dylora_stream.learn.jobs import job_digest, read_report, write_job
+from dylora_stream.learn.jobs import job_digest, read_report, remove_job, remove_jobs_but, write_job
 from dylora_stream.learn.training import Training
 
 __all__ = ["LearnConfig", "LearnFolders", "LearnMetrics", "LearnPorts", "LearnService"]
@@ -152,10 +153,12 @@ class LearnService:
         log.info("worker_stopped", role="learn")
 
     def recover(self) -> None:
-        """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again."""
+        """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again,
+        and folders of ended ones removed."""
         self._forget_published()
         self._positions = self._ports.ledger.positions()
         self._resume.extend(self._ports.ledger.load().jobs)
+        remove_jobs_but(self._folders.jobs, {job.job_id for job in self._resume})
         self._read_reference()
 
     def step(self) -> int:
@@ -229,15 +232,19 @@ class LearnService:
             self._tell_progress(job, update.progress)
             return
         self._running = None
+        self._commit(self._ended(job, update))
+        remove_job(self._folders.jobs, job.job_id)
+
+    def _ended(self, job: JobRecord, update: JobUpdate) -> Changes:
+        """What a job's end changes."""
         if update.result is None:
             log.warning("training_failed", job=job.job_id, kind=job.kind, reason=update.error)
             changes = self._curator.failed(job, update.error or "no result")
             for position in changes.rows:
                 log.warning("row_given_up", position=position, job=job.job_id, reason=update.error)
-            self._commit(changes)
             self._ports.metrics.job_ended(job.kind, "failed")
-        else:
-            self._commit(self._finish(job, update.result))
+            return changes
+        return self._finish(job, update.result)
 
     def _tell_progress(self, job: JobRecord, progress: Mapping[str, Any]) -> None:
         """An event a quarter of the way; every step in the log, at debug."""
@@ -321,6 +328,7 @@ class LearnService:
             self._submit(job, folder)
         else:
             self._commit(self._curator.failed(job, "its folder is gone"))
+            remove_job(self._folders.jobs, job.job_id)
 
     def _submit(self, job: JobRecord, folder: Path) -> None:
         log.info(

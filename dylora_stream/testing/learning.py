@@ -1,6 +1,9 @@
 """What learn stands on, in memory: ledger, expert store, child."""
 
 import hashlib
+import shutil
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -108,10 +111,11 @@ class MemoryLedger:
 
 
 class MemoryExpertStore:
-    """`core.ports.ExpertStore` that remembers where folders lie and checks nothing."""
+    """`core.ports.ExpertStore` that copies folders to where they vanish with it, and checks nothing."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, Path] = {}
+        self._root = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
 
     def put(self, folder: Path) -> StoredFolder:
         """See the port."""
@@ -120,14 +124,15 @@ class MemoryExpertStore:
         for name in names:
             digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
         stored = StoredFolder(path=digest.hexdigest(), sha256=digest.hexdigest())
-        self._folders.setdefault(stored.path, folder)
+        if not (self._root / stored.path).exists():
+            shutil.copytree(folder, self._root / stored.path)
         return stored
 
     def open(self, stored: StoredFolder) -> Path:
         """See the port."""
-        if stored.path not in self._folders:
+        if stored.path not in {folder.name for folder in self._root.iterdir()}:
             raise ExpertCorrupt(f"{stored.path} was never put into this store")
-        return self._folders[stored.path]
+        return self._root / stored.path
 
 
 class ScriptedChild:

@@ -376,6 +376,39 @@ def test_a_running_job_is_taken_up_again_after_a_restart(workshop: Workshop) -> 
     assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
 
 
+def test_a_jobs_folder_goes_with_its_end(undisturbed: Workshop) -> None:
+    """Sketches, trainings: nothing of the stream stays in files, and the expert can be read all the same."""
+    assert list((undisturbed.folder / "jobs").iterdir()) == []
+    (version,) = undisturbed.ledger.load().registry.experts
+    assert (undisturbed.store.open(version.storage) / "rows.json").exists()
+
+
+def test_a_failed_jobs_folder_goes_as_well(workshop: Workshop) -> None:
+    """Its reason is in the log and in the ledger."""
+    workshop.is_able = False
+    workshop.send(INPUTS)
+    workshop.steps(5)
+    assert len(workshop.submitted) >= 1
+    assert list((workshop.folder / "jobs").iterdir()) == []
+
+
+def test_folders_that_a_killed_process_left_go_at_the_next_start(workshop: Workshop) -> None:
+    """Of a job whose end was committed, and one half written; the running job's stays, and is done."""
+    workshop.start(child=DyingChild)
+    workshop.send(INPUTS[:12])
+    workshop.steps(2)
+    (running,) = workshop.ledger.load().jobs
+    jobs = workshop.folder / "jobs"
+    for left in ("0123456789abcdef", ".fedcba9876543210"):
+        (jobs / left / "result").mkdir(parents=True)
+        (jobs / left / "rows.jsonl").write_text("what a record said")
+    workshop.start()
+    assert [folder.name for folder in jobs.iterdir()] == [running.job_id]
+    workshop.steps(3)
+    assert list(jobs.iterdir()) == []
+    assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
+
+
 def test_a_running_job_without_its_folder_has_failed(workshop: Workshop) -> None:
     """Somebody deleted it: `training.failed` says so, and the rows are not lost."""
     workshop.start(child=DyingChild)
