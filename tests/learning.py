@@ -124,7 +124,9 @@ class Desk:
         """Another curator, from what the ledger has."""
         knowledge = Knowledge(lambda version: self.statistics[version.storage.sha256], MemoryIndex, NOVELTY)
         config = CuratorConfig(lifecycle=self.rules, clustering=CLUSTERING, slots=self.slots)
-        self.curator = Curator(self.ledger.load(), knowledge, CODEC, self.clock, config)
+        self.curator = Curator(
+            self.ledger.load(self.rules.expert_texts), knowledge, CODEC, self.clock, config
+        )
         self.curator.refer_to(REFERENCE)
 
     def take(self, inputs: Iterable[str], **changes: Any) -> Changes:

@@ -102,7 +102,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         rules = CuratorConfig(
             lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
         )
-        curator = Curator(ledger.load(), knowledge, codec, clock, rules)
+        curator = Curator(ledger.load(settings.lifecycle.expert_texts), knowledge, codec, clock, rules)
         ports = LearnPorts(
             source=_closing(
                 closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], positions=ledger.positions)

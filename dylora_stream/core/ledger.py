@@ -186,8 +186,9 @@ class LedgerSummary:
 class Ledger(Protocol):
     """Learn's memory. One owner; every method blocks until the disk has it. Raises the StoreErrors."""
 
-    def load(self) -> LedgerState:
-        """What was committed so far."""
+    def load(self, expert_texts: int | None = None) -> LedgerState:
+        """What was committed so far. With `expert_texts`, of all rows that were ever trained on only those of a running
+        job, and those that are among the newest rows of this many newest texts of an expert in the registry."""
 
     def commit(self, changes: Changes) -> None:
         """Apply all of it, or nothing; messages join the outbox in order."""

@@ -182,7 +182,7 @@ class Buffers:
         if len(self.rows) < self._crowded_at:
             return
         self.expire(now_ms, changes)
-        for row in surplus(self.rows, self.clusters, 2 * self._rules.max_consolidate_rows, busy):
+        for row in surplus(self.rows, self.clusters, self._rules.expert_texts, busy):
             self.rows.drop(row.position)
             self._of(row.tenant).forget([row.position])
             if not is_kept_on_disk(row):

@@ -65,6 +65,7 @@ class Curator:
         self._knowledge = knowledge
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle)
+        self.left_running = state.jobs  # by the process that stopped
         self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
         self._tracks: dict[str, TrackRecord] = {}
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)

@@ -51,6 +51,11 @@ class LifecycleConfig:
         """The same in milliseconds."""
         return round(self.expire_after_days * 24 * 3600 * 1000)
 
+    @property
+    def expert_texts(self) -> int:
+        """Newest texts of an expert whose rows are held in memory: twice as many as a consolidation takes."""
+        return 2 * self.max_consolidate_rows
+
     def rows_after_rejection(self, rows_wanted: int) -> int:
         """How many rows a cluster must have before the next attempt."""
         return int(rows_wanted * self.rejection_backoff) + 1

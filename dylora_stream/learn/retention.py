@@ -6,7 +6,8 @@
     settled              the newest `MOST_SETTLED` of skills that are recognised; the others at once
 
 With a backbone of width 576 a row has 2,797 numbers and its answer 1,345, float32, 16.6 KB: 260 MB at each of the two
-larger limits. What was trained on stays in the ledger for ever, see `Ledger.training_rows`.
+larger limits. What was trained on stays in the ledger for ever, see `Ledger.training_rows`; a start loads of it what
+would be held.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -157,7 +157,7 @@ class LearnService:
         and folders of ended ones removed."""
         self._forget_published()
         self._positions = self._ports.ledger.positions()
-        self._resume.extend(self._ports.ledger.load().jobs)
+        self._resume.extend(self._curator.left_running)
         remove_jobs_but(self._folders.jobs, {job.job_id for job in self._resume})
         self._read_reference()
 

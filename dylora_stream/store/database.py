@@ -8,7 +8,7 @@ files aside, and the topic rebuilds them.
 import base64
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
@@ -46,6 +46,23 @@ BROKEN = (
     duckdb.InternalException,
     duckdb.FatalException,
 )
+LOADED = """
+WITH texts AS (  -- the newest row of each text of a served expert
+    SELECT position, expert_id, time_ms FROM rows WHERE state = 'assigned' AND list_contains($experts, expert_id)
+    QUALIFY row_number() OVER (PARTITION BY expert_id, input ORDER BY time_ms DESC, position DESC) = 1
+), newest AS (
+    SELECT position FROM texts
+    QUALIFY row_number() OVER (PARTITION BY expert_id ORDER BY time_ms DESC, position DESC) <= $texts
+)
+SELECT * FROM rows
+WHERE (state <> 'unlabelled' AND ($all OR NOT is_trained))
+   OR position IN (SELECT position FROM newest)
+   OR position IN (SELECT unnest(positions) FROM jobs WHERE state = 'running')
+   OR position IN (
+       SELECT position FROM rows WHERE state = 'unlabelled' ORDER BY time_ms DESC, position DESC LIMIT $unlabelled
+   )
+ORDER BY time_ms, position
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,21 +133,23 @@ class DuckLedger:
                 "the samples topic rebuilds it"
             )
 
-    def load(self) -> LedgerState:
+    def load(self, expert_texts: int | None = None) -> LedgerState:
         """See the port."""
         with database_errors(self.path):
+            found = self._db.execute("SELECT document FROM registry").fetchone()
+            registry = _registry(json.loads(found[0])) if found else Registry()
             rows = self._rows(
-                "SELECT * FROM rows WHERE state <> 'unlabelled' OR position IN "
-                "(SELECT position FROM rows WHERE state = 'unlabelled' ORDER BY time_ms DESC, position DESC LIMIT ?) "
-                "ORDER BY time_ms, position",
-                [MOST_UNLABELLED],
+                LOADED,
+                {"unlabelled": MOST_UNLABELLED, "all": expert_texts is None}
+                | {
+                    "experts": [version.expert_id for version in registry.experts],
+                    "texts": expert_texts or 0,
+                },
             )
             clusters = [
                 _cluster(row) for row in self._dicts("SELECT * FROM clusters ORDER BY created_ms, cluster_id")
             ]
             jobs = [_job(row) for row in self._dicts("SELECT * FROM jobs WHERE state = 'running'")]
-            found = self._db.execute("SELECT document FROM registry").fetchone()
-        registry = _registry(json.loads(found[0])) if found else Registry()
         return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=tuple(jobs), registry=registry)
 
     def commit(self, changes: Changes) -> None:
@@ -245,10 +264,10 @@ class DuckLedger:
         names = [column[0] for column in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
-    def _rows(self, query: str, parameters: Sequence[Any] = ()) -> list[LedgerRow]:
+    def _rows(self, query: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[LedgerRow]:
         cursor = self._db.cursor()  # a connection of its own: results of `execute` here may be half read
         try:
-            table: Any = cursor.sql(query, params=list(parameters)).to_arrow_table()
+            table: Any = cursor.sql(query, params=parameters).to_arrow_table()
         finally:
             cursor.close()
         plain = table.drop_columns(["features", "sketch"]).to_pylist()

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,17 +41,30 @@ class MemoryLedger:
         self._outbox: list[tuple[int, OutboundMessage]] = []
         self._sequence = 0
 
-    def load(self) -> LedgerState:
+    def load(self, expert_texts: int | None = None) -> LedgerState:
         """See the port."""
         rows = sorted(self._rows.values(), key=lambda row: (row.time_ms, row.position))
         unlabelled = [row.position for row in rows if row.state is RowState.UNLABELLED]
         left_out = set(unlabelled[: max(len(unlabelled) - MOST_UNLABELLED, 0)])
+        if expert_texts is not None:
+            left_out |= {row.position for row in rows if row.is_trained} - self._newest(rows, expert_texts)
         rows = [row for row in rows if row.position not in left_out]
         running = tuple(job for job in self._jobs.values() if job.state is JobState.RUNNING)
         clusters = sorted(
             self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
         )
         return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=running, registry=self._registry)
+
+    def _newest(self, rows: Sequence[LedgerRow], texts: int) -> set[str]:
+        """Positions of running jobs' rows, and of the newest rows of each served expert's newest texts."""
+        running = (job for job in self._jobs.values() if job.state is JobState.RUNNING)
+        found = {position for job in running for position in job.positions}
+        for version in self._registry.experts:
+            owned = [row for row in rows if row.expert_id == version.expert_id]
+            newest = {row.input: row for row in owned if row.state is RowState.ASSIGNED}
+            ordered = sorted(newest.values(), key=lambda row: (row.time_ms, row.position), reverse=True)
+            found |= {row.position for row in ordered[:texts]}
+        return found
 
     def commit(self, changes: Changes) -> None:
         """See the port."""

@@ -186,6 +186,27 @@ def test_only_the_newest_rows_without_an_answer_are_loaded_and_all_are_found(
     assert ledger.find(replace(by_position, position=Position("requests", 0, 9))) is None
 
 
+def test_of_rows_that_were_trained_on_a_start_loads_the_newest(ledger: Ledger) -> None:
+    """Of a served expert's texts the newest rows, of others none, and a running job's; the others can be listed."""
+    own = {"state": RowState.ASSIGNED, "expert_id": "e-1", "is_trained": True}
+    trained = [row(n, **own) for n in range(6)]
+    again = [row(6, **own, input=trained[1].input), row(7, **(own | {"is_trained": False}))]
+    others = [row(8, **(own | {"expert_id": "e-gone"})), row(9, **(own | {"state": RowState.SETTLED}))]
+    rows = [*trained, *again, *others]
+    ledger.commit(
+        Changes(
+            rows={each.position: each for each in rows},
+            jobs={"j-1": job("j-1", 0), "j-2": job("j-2", 1, 2, 3, state=JobState.DONE)},
+            versions=[version(1, "j-2")],
+            registry=Registry(experts=(version(1, "j-2"),)),
+        )
+    )
+    ledger = reloaded(ledger)
+    assert_same_rows(list(ledger.load(expert_texts=3).rows), [rows[0], rows[5], *again])
+    assert_same_rows(list(ledger.load().rows), rows)
+    assert_same_rows(ledger.training_rows("e-1", 1), trained[1:4])
+
+
 def test_clusters_jobs_and_registry_come_back_equal(ledger: Ledger) -> None:
     """Of jobs the running ones only."""
     fields_of_one = {"cluster_id": "c-1", "skill_id": "s-1", "tenant": "default", "created_ms": 3}

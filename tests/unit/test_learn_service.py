@@ -141,7 +141,7 @@ class Workshop:
         )
         knowledge = Knowledge(self._statistics, MemoryIndex, NOVELTY)
         rules = CuratorConfig(lifecycle=RULES, clustering=CLUSTERING)
-        curator = Curator(self.ledger.load(), knowledge, CODEC, self.clock, rules)
+        curator = Curator(self.ledger.load(RULES.expert_texts), knowledge, CODEC, self.clock, rules)
         folders = LearnFolders(
             jobs=self.folder / "jobs",
             reference=self.folder / "reference.safetensors",

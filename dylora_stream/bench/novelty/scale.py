@@ -101,7 +101,8 @@ class _Feeder:
             lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
         )
         codec = WireCodec(source="/dylora/bench")
-        self.curator = Curator(ledger.load(), knowledge, codec, self._clock, rules)
+        state = ledger.load(settings.lifecycle.expert_texts)
+        self.curator = Curator(state, knowledge, codec, self._clock, rules)
         mean, answers = np.zeros(sizes.features), np.zeros(sizes.answers)
         self.curator.refer_to(Reference(input_mean=mean, input_std=mean + 1.0, sketch_mean=answers))
 
