@@ -45,6 +45,7 @@ __all__ = ["ExplainedValue", "Settings", "StoreConfig", "is_secret", "load_setti
 PREFIX = "DYLORA_"
 DELIMITER = "__"
 CONFIG_VARIABLE = "DYLORA_CONFIG"  # names the TOML file
+NO_SETTINGS = frozenset({"consolidation.rank"})  # a later version has the rank of its expert's first one
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "DYLORA_TEST_BOOTSTRAP"})  # not settings, but ours
 DEFAULT_FILE = Path("dylora.toml")
 HIDDEN = "**********"
@@ -130,6 +131,16 @@ class Settings(BaseSettings):
                     values[field] = _table(f"{section}.{field}", value)
         return given
 
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        """An expert that is trained must find a place in every worker's pool."""
+        if self.seeding.rank > self.pool.rank:
+            raise ValueError(
+                f"seeding.rank is {self.seeding.rank}: it must be at most pool.rank ({self.pool.rank}), or no worker "
+                "could load the experts; raise pool.rank, or lower seeding.rank"
+            )
+        return self
+
     def with_origins(self, origins: Mapping[str, str], arguments: Sequence[str]) -> Self:
         """The same settings, knowing where each came from; `load_settings` calls it."""
         self._origins.update(origins)
@@ -156,11 +167,12 @@ class Settings(BaseSettings):
 
 def setting_names() -> list[str]:
     """Every `section.field`, in the order in which they are declared."""
-    return [
+    names = (
         f"{section}.{field.name}"
         for section, info in Settings.model_fields.items()
         for field in fields(type(info.default))
-    ]
+    )
+    return [name for name in names if name not in NO_SETTINGS]
 
 
 def is_secret(name: str) -> bool:
@@ -304,7 +316,7 @@ def _explained(error: ValidationError, origins: Mapping[str, str]) -> str:
         if "." in name:
             shown = "hidden" if is_secret(name) else repr(problem["input"])
             message = f"{name} is {shown}: {message}"
-        elif not message.startswith(f"{name}."):
+        elif name and not message.startswith(f"{name}."):
             message, name = f"{name}.{message}", f"{name}.{message.split(' ')[0]}"
         else:
             name = message.split(" ")[0]

@@ -76,7 +76,8 @@ def continual(
     """What each method still knows after tasks that came one after another, with no task label at test time.
 
     Experts that several methods, orders or runs share are trained once; a run that was stopped goes on where it was.
-    For an ablation change a setting: --set seeding.rate, seeding.rank (with seeding.alpha), model.stem_layers.
+    For an ablation change a setting: --set seeding.rate, seeding.rank (with seeding.alpha, above 8 with pool.rank),
+    model.stem_layers.
     """
     from rich.console import Console
 

@@ -42,7 +42,8 @@ class Recipe:
     loraplus_ratio: float = 1.0
     """B's rate over A's (LoRA+, 2402.12354); 1 is plain LoRA."""
     rank: int = 8
-    """Rank of the expert; 8 on all linear layers above the stem is 0.85 % of SmolLM2-135M, 4 is 0.42 %."""
+    """Rank of an expert's first version, which later ones keep; 8 on all linear layers above the stem is 0.85 % of
+    SmolLM2-135M, 4 is 0.42 %."""
     alpha: float = 16.0
     """Scale of the update is alpha / rank."""
     max_row_tokens: int = 1024

@@ -125,12 +125,22 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("model.stem_layers", "write it as section.field=value"),
         ("kafka.bootstrap_servers=nowhere:x", "is not host:port"),
         ("kafka.names=x", "write it as JSON"),
+        ("seeding.rank=16", r"seeding\.rank is 16: .*pool\.rank \(8\).*raise pool\.rank.* \(from flag\)"),
+        ("pool.rank=4", r"seeding\.rank is 8: .*pool\.rank \(4\)"),
+        ("consolidation.rank=8", "there is no setting consolidation.rank"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_what_would_be_right(flag: str, said: str) -> None:
     """Checks of a dataclass and of its types arrive as the same kind of sentence."""
     with pytest.raises(SettingsError, match=said):
         load_settings(flags=[flag])
+
+
+def test_a_larger_pool_lets_experts_be_larger() -> None:
+    """Both ranks together are accepted, and a smaller expert fits any pool."""
+    settings = load_settings(flags=["seeding.rank=16", "pool.rank=16"])
+    assert (settings.seeding.rank, settings.pool.rank) == (16, 16)
+    assert load_settings(flags=["seeding.rank=4"]).seeding.rank == 4
 
 
 def test_the_daemon_refuses_a_method_that_it_cannot_serve() -> None:
