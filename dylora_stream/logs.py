@@ -31,6 +31,7 @@ EVENTS = {
     "model_fetched": "a step of putting the backbone into its folder",
     "offsets_lost": "committed offsets were gone and reading starts anew, as kafka.start_from says",
     "partitions_started": "partitions without a committed offset are read from these offsets on",
+    "reference_unreadable": "what similarities are measured against was damaged; the next sketch job writes it anew",
     "registry_activated": "another set of experts is served from here on",
     "role_fell": "serve or learn ended by itself and is started again after a pause",
     "role_killed": "a role did not end in time and was killed",

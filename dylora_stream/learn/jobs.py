@@ -18,17 +18,26 @@ import queue
 import shutil
 import subprocess
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from dylora_stream.core.clustering import Reference
+from dylora_stream.core.durable import put_in_place
+from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.ports import JobUpdate
 
-__all__ = ["ChildProcess", "job_digest", "read_report", "remove_job", "remove_jobs_but", "write_job"]
+__all__ = [
+    "ChildProcess", "job_digest", "read_reference", "read_report", "read_sketches", "remove_job", "remove_jobs_but",
+    "write_job",
+]  # fmt: skip
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +51,7 @@ def job_digest(description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> str
 
 
 def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Path:
-    """The job's folder, written aside and renamed; one that is there already is kept with its result."""
+    """The job's folder, written aside and put in place; one that is there already is kept with its result."""
     folder = root / job_id
     if (folder / "job.json").exists():
         return folder
@@ -52,7 +61,7 @@ def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Seq
     (aside / "job.json").write_text(json.dumps({"id": job_id, **description}, indent=1, default=str))
     lines = (json.dumps(_row_document(row)) for row in rows)
     (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    aside.rename(folder)
+    put_in_place(aside, folder)
     return folder
 
 
@@ -79,9 +88,36 @@ def _row_document(row: LedgerRow) -> dict[str, Any]:
 
 
 def read_report(result: Path) -> dict[str, Any]:
-    """The `report.json` of a result folder."""
-    report: dict[str, Any] = json.loads((result / "report.json").read_text())
-    return report
+    """The `report.json` of a training's result folder, which holds a decision. Raises TrainingFailed."""
+    with _result_errors():
+        report: dict[str, Any] = json.loads((result / "report.json").read_text())
+        if report["decision"] == "promoted" and not (result / "expert").is_dir():
+            raise ValueError("there is no expert in it")
+        return report
+
+
+def read_sketches(result: Path, rows: int) -> np.ndarray:
+    """(rows, A) float32 answer rows of a sketch job's result folder. Raises TrainingFailed."""
+    with _result_errors():
+        sketches = load_file(result / "sketches.safetensors")["sketches"]
+        if len(sketches) != rows:
+            raise ValueError(f"{len(sketches)} sketches of {rows} rows")
+        return sketches
+
+
+def read_reference(path: Path) -> Reference:
+    """What similarities are measured against. Raises TrainingFailed."""
+    with _result_errors():
+        return Reference(**load_file(path))
+
+
+@contextlib.contextmanager
+def _result_errors() -> Iterator[None]:
+    """Whatever a damaged file makes its reader say."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingFailed(f"its result cannot be read: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,10 +22,8 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import structlog
-from safetensors.numpy import load_file
 
-from dylora_stream.core.clustering import Reference
-from dylora_stream.core.errors import BadRecord, TransactionAborted
+from dylora_stream.core.errors import BadRecord, TrainingFailed, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
@@ -42,7 +40,15 @@ from dylora_stream.core.ports import (
     Source,
 )
 from dylora_stream.learn.curator import Curator
-from dylora_stream.learn.jobs import job_digest, read_report, remove_job, remove_jobs_but, write_job
+from dylora_stream.learn.jobs import (
+    job_digest,
+    read_reference,
+    read_report,
+    read_sketches,
+    remove_job,
+    remove_jobs_but,
+    write_job,
+)
 from dylora_stream.learn.training import Training
 
 __all__ = ["LearnConfig", "LearnFolders", "LearnMetrics", "LearnPorts", "LearnService"]
@@ -238,13 +244,19 @@ class LearnService:
     def _ended(self, job: JobRecord, update: JobUpdate) -> Changes:
         """What a job's end changes."""
         if update.result is None:
-            log.warning("training_failed", job=job.job_id, kind=job.kind, reason=update.error)
-            changes = self._curator.failed(job, update.error or "no result")
-            for position in changes.rows:
-                log.warning("row_given_up", position=position, job=job.job_id, reason=update.error)
-            self._ports.metrics.job_ended(job.kind, "failed")
-            return changes
-        return self._finish(job, update.result)
+            return self._failed(job, update.error or "no result")
+        try:
+            return self._finish(job, update.result)
+        except TrainingFailed as error:  # a damaged file: with its folder gone the job is done anew
+            return self._failed(job, str(error))
+
+    def _failed(self, job: JobRecord, reason: str) -> Changes:
+        log.warning("training_failed", job=job.job_id, kind=job.kind, reason=reason)
+        changes = self._curator.failed(job, reason)
+        for position in changes.rows:
+            log.warning("row_given_up", position=position, job=job.job_id, reason=reason)
+        self._ports.metrics.job_ended(job.kind, "failed")
+        return changes
 
     def _tell_progress(self, job: JobRecord, progress: Mapping[str, Any]) -> None:
         """An event a quarter of the way; every step in the log, at debug."""
@@ -261,13 +273,15 @@ class LearnService:
         self._commit(Changes(messages=[self._ports.codec.encode_event(event)]))
 
     def _finish(self, job: JobRecord, result: Path) -> Changes:
+        """What the child brought is decided about. Raises TrainingFailed where it cannot be read."""
         if job.kind is JobKind.SKETCH:
             self._read_reference()
-            sketches = load_file(result / "sketches.safetensors")["sketches"]
+            if not self._curator.has_reference:
+                raise TrainingFailed(f"{self._folders.reference} is not there or cannot be read")
+            sketches = read_sketches(result, len(job.positions))
             return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
         if job.kind is JobKind.CONSOLIDATE and self._curator.registry.expert(job.expert_id or "") is None:
-            self._ports.metrics.job_ended(job.kind, "failed")
-            return self._curator.failed(job, "its expert was retired meanwhile")
+            return self._failed(job, "its expert was retired meanwhile")
         report = read_report(result)
         decision = str(report["decision"])
         self._ports.metrics.job_ended(job.kind, decision)
@@ -276,11 +290,14 @@ class LearnService:
         return self._curator.trained(job, report, registry)
 
     def _read_reference(self) -> None:
-        """The child wrote it with the first sketch job."""
+        """The child wrote it with the first sketch job, and writes it with the next one where it is damaged."""
         if self._curator.has_reference or not self._folders.reference.exists():
             return
-        numbers = load_file(self._folders.reference)
-        self._curator.refer_to(Reference(**numbers))
+        try:
+            self._curator.refer_to(read_reference(self._folders.reference))
+        except TrainingFailed as error:
+            log.warning("reference_unreadable", reason=str(error))
+            self._folders.reference.unlink()
 
     def _new_registry(self, job: JobRecord, report: Mapping[str, Any], result: Path) -> Registry:
         """The registry with the job's version in it; its files are in the store before anyone hears of them."""

@@ -4,8 +4,8 @@
                               result/sketches.safetensors          kind sketch: for clustering
                               result/expert/, result/router/       kinds seed and consolidate, when promoted
 
-A result is written aside and renamed: a folder with `result/` is a finished job, and is returned as it is when asked
-for again.
+A result is written aside and renamed once the disk has it: a folder with `result/report.json` is a finished job, and
+is returned as it is when asked for again.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import save_file
 
 from dylora_stream.core.checks import CheckConfig
+from dylora_stream.core.durable import put_in_place
 from dylora_stream.core.errors import ModelMismatch, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
@@ -85,7 +86,8 @@ def run_job(folder: Path, workshop: Workshop) -> Path:
     if spec.get("threads"):
         torch.set_num_threads(int(spec["threads"]))
     aside = folder / "result.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in (aside, result):
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     if spec.get("reference"):
         write_reference(workshop.backbone, Path(spec["reference"]))
@@ -93,7 +95,7 @@ def run_job(folder: Path, workshop: Workshop) -> Path:
         _sketch(workshop, rows, aside) if spec["kind"] == "sketch" else _train(workshop, spec, rows, aside)
     )
     _write_json(aside / "report.json", report)
-    aside.rename(result)
+    put_in_place(aside, result)
     return result
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from dylora_stream.core.durable import put_in_place
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, answer_rows, read_rows
 
@@ -51,4 +52,4 @@ def write_reference(backbone: Backbone, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: np.ascontiguousarray(value, dtype=np.float32) for name, value in numbers.items()}, aside)
-    aside.replace(path)
+    put_in_place(aside, path)

@@ -1,8 +1,9 @@
 """The expert store: folders under content addresses, on any fsspec URL.
 
-A folder's digest is over its files' names and bytes. It is copied aside, then renamed, so a reader sees it whole or not
-at all; the same content twice is one entry. Remote folders are read through a local cache. A `StoredFolder.path` comes
-out of messages, so it is checked against the one form this store writes: it can never point outside.
+A folder's digest is over its files' names and bytes. It is copied aside, then renamed (on this machine once the disk
+has it), so a reader sees it whole or not at all; the same content twice is one entry. Remote folders are read through a
+local cache. A `StoredFolder.path` comes out of messages, so it is checked against the one form this store writes: it
+can never point outside.
 """
 
 import errno
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import fsspec
 
+from dylora_stream.core.durable import put_in_place
 from dylora_stream.core.errors import DiskFull, ExpertCorrupt, StoreError
 from dylora_stream.core.experts import StoredFolder
 
@@ -58,7 +60,10 @@ class FolderStore:
             self._fs.makedirs(f"{self._root}/aside", exist_ok=True)
             self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
             self._fs.put(f"{folder}/", f"{aside}/", recursive=True)
-            self._fs.mv(aside, target, recursive=True)
+            if self._is_local:
+                put_in_place(Path(aside), Path(target))
+            else:
+                self._fs.mv(aside, target, recursive=True)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise DiskFull(f"no room left in the expert store {self._root}; free some space") from error

@@ -409,6 +409,56 @@ def test_folders_that_a_killed_process_left_go_at_the_next_start(workshop: Works
     assert {row.state for row in workshop.ledger.load().rows} == {RowState.CLUSTERED}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        (JobKind.SKETCH, "result/sketches.safetensors", b""),
+        (JobKind.SKETCH, "result/sketches.safetensors", None),
+        (JobKind.SKETCH, "../../reference.safetensors", b""),
+    ],
+)
+def test_a_damaged_result_is_thrown_away_and_the_job_done_anew(
+    workshop: Workshop, kind: JobKind, name: str, content: bytes | None
+) -> None:
+    """A power cut left an empty file: learn goes on, says that the job failed, and has its expert in the end."""
+
+    class DamagedOnce(ScriptedChild):
+        """Its first result of the kind is not what was written."""
+
+        is_whole = False
+
+        def submit(self, folder: Path) -> None:
+            """See the port."""
+            super().submit(folder)
+            if not DamagedOnce.is_whole and json.loads((folder / "job.json").read_text())["kind"] == kind:
+                DamagedOnce.is_whole = True
+                path = folder / name
+                path.unlink() if content is None else path.write_bytes(content)
+
+    workshop.start(child=DamagedOnce)
+    workshop.send(INPUTS)
+    workshop.steps(2 * STEPS)
+    (failed,) = workshop.events(EventType.TRAINING_FAILED)
+    assert "cannot be read" in failed.data["error"]
+    assert len(workshop.events(EventType.EXPERT_SPAWNED)) == 1
+
+
+def test_a_damaged_reference_is_written_anew(workshop: Workshop) -> None:
+    """Found at a start: no more than the next sketch job is needed."""
+    workshop.send(INPUTS[:12])
+    workshop.steps(4)
+    reference = workshop.folder / "reference.safetensors"
+    whole = reference.read_bytes()
+    reference.write_bytes(b"")
+    workshop.start()
+    assert not reference.exists()
+    workshop.send(INPUTS[12:], begin=12)
+    workshop.steps(STEPS)
+    assert reference.read_bytes() == whole
+    assert workshop.events(EventType.TRAINING_FAILED) == []
+    assert len(workshop.events(EventType.EXPERT_SPAWNED)) == 1
+
+
 def test_a_running_job_without_its_folder_has_failed(workshop: Workshop) -> None:
     """Somebody deleted it: `training.failed` says so, and the rows are not lost."""
     workshop.start(child=DyingChild)
