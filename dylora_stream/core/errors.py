@@ -4,6 +4,7 @@
     ├── SettingsError              a setting is wrong or unknown: the process exits 2
     ├── BadRecord                  this record cannot be answered: dead letter, the stream goes on
     ├── TrainingFailed             this job gave no expert: event, the stream goes on
+    │   └── RowsUnlearnable        ... because of its rows: the cluster is rejected
     ├── ExpertUnknown              no expert, or more than one, is called that
     ├── BrokerError                Kafka does not do what it must: the process stops
     │   ├── BrokerUnreachable      no answer, or credentials refused
@@ -27,7 +28,7 @@ The three fates (bad record, failed training, broken infrastructure) are the fir
 __all__ = [
     "BadRecord", "BrokerError", "BrokerUnreachable", "DatabaseBroken", "DatabaseBusy", "DiskFull", "DyloraError",
     "ExpertCorrupt", "ExpertUnknown", "Fenced", "ModelError", "ModelMismatch", "ModelNotFound", "OffsetsLost",
-    "SettingsError", "StoreError", "TopicMissing", "TrainingFailed", "TransactionAborted",
+    "RowsUnlearnable", "SettingsError", "StoreError", "TopicMissing", "TrainingFailed", "TransactionAborted",
 ]  # fmt: skip
 
 
@@ -61,6 +62,10 @@ class ExpertUnknown(DyloraError):
 
 class TrainingFailed(DyloraError):
     """A job ended without a usable result."""
+
+
+class RowsUnlearnable(TrainingFailed):
+    """The rows are the reason: none is usable, or the loss is lost on them."""
 
 
 class BrokerError(DyloraError):

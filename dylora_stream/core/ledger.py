@@ -2,7 +2,7 @@
 
     row:      WAITING ─► CLUSTERED ─► ASSIGNED        cluster:  OPEN ─► TRAINING ─► LEARNED
               UNLABELLED ─┘ (a late answer)                       ▲        └─► KNOWN | UNLEARNABLE | MERGED
-                                                                  └── rejected, with a longer buffer
+                                                                  └── rejected, with a longer buffer; or failed
 
 Invariant: a `Changes` is applied whole or not at all, with the positions it was made from and the messages it causes.
 """

@@ -1,8 +1,9 @@
 """The one thing worth a child process now: sketches, then a full buffer, then an expert with new rows.
 
-Nothing is changed here but the memory of what came to nothing: a sketch job that failed is left alone for a while and
-asked for again with fewer rows (`learn.sketching`), an expert whose consolidation was in vain waits for twice as many
-new rows.
+Nothing is changed here but the memory of what came to nothing. A job that failed (a full disk, a child that was killed)
+says nothing about its rows: its cluster or expert rests for a while, longer after each failure, and it is tried again;
+rows to be sketched with fewer at once (`learn.sketching`). An expert whose new version was rejected waits for twice as
+many new rows.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import ClusterRecord, ClusterState, JobKind, JobRecord, LedgerRow, RowState
 from dylora_stream.core.ports import Clock
 from dylora_stream.learn.buffers import Buffers
-from dylora_stream.learn.lifecycle import LifecycleConfig, newest_distinct
+from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, newest_distinct
 from dylora_stream.learn.sketching import Sketching
 
 __all__ = ["Agenda", "JobRequest"]
@@ -38,6 +39,7 @@ class Agenda:
         self._rules = rules
         self._clock = clock
         self._sketching = Sketching(rules, clock)
+        self._resting: dict[str, BackOff] = {}  # clusters and experts whose last job failed
         self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
 
     def next(self, registry: Registry) -> JobRequest | None:
@@ -48,18 +50,22 @@ class Agenda:
         """Clusters that would be experts, were there a place in the pool."""
         return self._ready() if self._is_full(registry) else []
 
-    def was_sketched(self, job: JobRecord) -> None:
-        """A sketch job was done."""
-        self._sketching.done(job)
+    def done(self, job: JobRecord) -> None:
+        """The job gave what it was asked for: sketches, or a decision."""
+        if job.kind is JobKind.SKETCH:
+            self._sketching.done(job)
+        self._resting.pop(_whose(job), None)
 
-    def was_not_sketched(self, job: JobRecord) -> str | None:
-        """A sketch job failed; the position of the row that is to be given up for it, if it is one."""
-        return self._sketching.failed(job)
+    def failed(self, job: JobRecord) -> str | None:
+        """The job gave nothing; the position of the row that is to be given up for it, if it is one."""
+        if job.kind is JobKind.SKETCH:
+            return self._sketching.failed(job)
+        self._resting.setdefault(_whose(job), BackOff()).failed(self._clock.now_ms())
+        return None
 
     def was_in_vain(self, job: JobRecord) -> None:
-        """The job failed, or its version was rejected."""
-        if job.kind is JobKind.CONSOLIDATE and job.expert_id is not None:
-            self._vain_attempts[job.expert_id] += 1
+        """An expert's new version was rejected."""
+        self._vain_attempts[job.expert_id or ""] += 1
 
     def has_new_version(self, expert_id: str) -> None:
         """What was in vain before is forgotten."""
@@ -81,7 +87,7 @@ class Agenda:
         for cluster in [] if self._is_full(registry) else self._ready():
             members = self._buffers.members(cluster.cluster_id)
             rows = newest_distinct(members, self._rules.max_seed_rows)
-            if rows:
+            if rows and not self._rests(cluster.cluster_id):
                 named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
                 return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
         return None
@@ -92,16 +98,23 @@ class Agenda:
         for version in registry.experts:
             owned = self._buffers.rows.of_expert(version.expert_id)
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
-            if sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id):
+            is_due = sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id)
+            if is_due and not self._rests(version.expert_id):
                 named = {"tenant": version.tenant, "expert_id": version.expert_id}
                 return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
         return None
+
+    def _rests(self, name: str) -> bool:
+        """Whether the last job of this cluster or expert failed, not long ago."""
+        return name in self._resting and self._clock.now_ms() < self._resting[name].until_ms
 
     def _is_filling(self) -> bool:
         """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon."""
         since_ms = self._clock.now_ms() - 1000 * self._rules.filling_s
         for cluster in self._buffers.clusters.values():
-            members = self._buffers.members(cluster.cluster_id) if cluster.state is ClusterState.OPEN else []
+            if cluster.state is not ClusterState.OPEN or self._rests(cluster.cluster_id):
+                continue
+            members = self._buffers.members(cluster.cluster_id)
             if 4 * len(members) >= cluster.rows_wanted and members[-1].time_ms >= since_ms:
                 return True
         return False
@@ -109,3 +122,8 @@ class Agenda:
     def _wanted_to_consolidate(self, expert_id: str) -> int:
         """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
         return self._rules.rows_to_consolidate << self._vain_attempts[expert_id]
+
+
+def _whose(job: JobRecord) -> str:
+    """The cluster that a job seeds from, or the expert that it trains on."""
+    return job.cluster_id or job.expert_id or ""

@@ -7,12 +7,13 @@ Invariant: a row is in one place: `RowState` says which, `cluster_id` and `exper
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.clustering import OnlineClusters, Reference
+from dylora_stream.core.events import EventType
 from dylora_stream.core.ledger import Changes, ClusterRecord, ClusterState, LedgerRow, LedgerState, RowState
 from dylora_stream.core.messages import Feedback, Sample
 from dylora_stream.learn.lifecycle import LifecycleConfig
@@ -32,6 +33,16 @@ class Moved:
     created: tuple[ClusterRecord, ...] = ()
     merged: tuple[tuple[str, str], ...] = ()
     joined: tuple[tuple[str, str], ...] = ()
+
+    def told(self) -> Iterator[tuple[EventType, str, dict[str, Any]]]:
+        """What is told of it: kind of the event, cluster, data."""
+        for cluster in self.created:
+            data = {"tenant": cluster.tenant, "skill": cluster.skill_id}
+            yield EventType.CLUSTER_CREATED, cluster.cluster_id, data
+        for source, target in self.merged:
+            yield EventType.CLUSTER_MERGED, source, {"into": target}
+        for source, expert_id in self.joined:
+            yield EventType.CLUSTER_MERGED, source, {"into": expert_id, "reason": "came_together"}
 
 
 class Buffers:

@@ -207,7 +207,7 @@ class Curator:
         """A sketch job is done: rows that a newer expert knows go to it, the others are clustered."""
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.DONE)
-        self._agenda.was_sketched(job)
+        self._agenda.done(job)
         for position, sketch in sketches.items():
             row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
@@ -231,6 +231,7 @@ class Curator:
         """A training job is done; `registry` holds the new version where the check let it through."""
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.DONE, report)
+        self._agenda.done(job)
         expert_id = job.expert_id or ""
         self._tell(
             EventType.TRAINING_COMPLETED, expert_id, job.job_id, changes, {"job": job.job_id, **report}
@@ -245,7 +246,8 @@ class Curator:
         return changes
 
     def failed(self, job: JobRecord, error: str) -> Changes:
-        """A job ended without a result. Rows among the changes are given up: the child cannot sketch them."""
+        """A job ended without a result; it is tried again. Rows among the changes are given up: the child cannot sketch
+        them."""
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.FAILED, {"error": error})
         entity = job.expert_id or job.job_id
@@ -253,16 +255,11 @@ class Curator:
             EventType.TRAINING_FAILED, entity, job.job_id, changes, {"job": job.job_id, "error": error}
         )
         if job.cluster_id is not None:
-            self._back_off(self._buffers.clusters[job.cluster_id], changes)
-        if job.kind is JobKind.SKETCH:
-            self._give_up(self._agenda.was_not_sketched(job), changes)
-        self._agenda.was_in_vain(job)
-        return changes
-
-    def _give_up(self, position: str | None, changes: Changes) -> None:
-        row = self._buffers.rows.get(position or "")
+            self._reopen(self._buffers.clusters[job.cluster_id], changes)
+        row = self._buffers.rows.get(self._agenda.failed(job) or "")
         if row is not None and row.state is RowState.WAITING:
             self._buffers.put(replace(row, state=RowState.SETTLED), changes)
+        return changes
 
     def _ended(self, job: JobRecord, state: JobState, report: Mapping[str, Any] | None = None) -> JobRecord:
         """The job's record; its rows may be let go of again."""
@@ -316,9 +313,7 @@ class Curator:
         rejections = cluster.rejections + 1
         if rejections < self._rules.max_rejections:
             wanted = self._rules.rows_after_rejection(cluster.rows_wanted)
-            again = replace(cluster, state=ClusterState.OPEN, rejections=rejections, rows_wanted=wanted)
-            self._buffers.put_cluster(again, changes)
-            self._buffers.bring_back(cluster.cluster_id)
+            self._reopen(replace(cluster, rejections=rejections, rows_wanted=wanted), changes)
             return
         self._buffers.put_cluster(
             replace(cluster, state=ClusterState.UNLEARNABLE, rejections=rejections), changes
@@ -326,6 +321,11 @@ class Curator:
         numbers = {"attempts": rejections}
         self._tell(EventType.CLUSTER_UNLEARNABLE, cluster.cluster_id, "unlearnable", changes, numbers)
         self._buffers.settle(cluster.cluster_id, changes)
+
+    def _reopen(self, cluster: ClusterRecord, changes: Changes) -> None:
+        """Its training came to nothing: it gathers rows again."""
+        self._buffers.put_cluster(replace(cluster, state=ClusterState.OPEN), changes)
+        self._buffers.bring_back(cluster.cluster_id)
 
     # ── retire ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -370,14 +370,8 @@ class Curator:
         changes.messages.append(self._codec.encode_registry(registry))
 
     def _tell_moved(self, moved: Moved, cause: str, changes: Changes) -> None:
-        for cluster in moved.created:
-            data = {"tenant": cluster.tenant, "skill": cluster.skill_id}
-            self._tell(EventType.CLUSTER_CREATED, cluster.cluster_id, cause, changes, data)
-        for source, target in moved.merged:
-            self._tell(EventType.CLUSTER_MERGED, source, cause, changes, {"into": target})
-        for source, expert_id in moved.joined:
-            joined = {"into": expert_id, "reason": "came_together"}
-            self._tell(EventType.CLUSTER_MERGED, source, cause, changes, joined)
+        for kind, cluster_id, data in moved.told():
+            self._tell(kind, cluster_id, cause, changes, data)
 
     def _tell(
         self, kind: EventType, entity: str, cause: str, changes: Changes, data: Mapping[str, Any]

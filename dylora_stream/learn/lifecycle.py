@@ -7,7 +7,8 @@ from dylora_stream.core.ledger import LedgerRow
 
 __all__ = ["BackOff", "LifecycleConfig", "TrackRecord", "newest_distinct"]
 
-MOST_DOUBLINGS = 8  # of a back-off: from 4 s to 17 minutes
+FIRST_WAIT_S = 4.0  # of a back-off
+MOST_DOUBLINGS = 8  # of it: to 17 minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class TrackRecord:
 class BackOff:
     """How long to leave alone what failed: twice as long after each failure in a row."""
 
-    first_s: float
+    first_s: float = FIRST_WAIT_S
     failures: int = 0
     until_ms: int = 0
 

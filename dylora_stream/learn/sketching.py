@@ -23,7 +23,7 @@ class Sketching:
     def __init__(self, rules: LifecycleConfig, clock: Clock) -> None:
         self._rules = rules
         self._clock = clock
-        self._back_off = BackOff(rules.sketch_after_s)
+        self._back_off = BackOff()
         self._at_once = SKETCHED_AT_ONCE
         self._suspects: set[str] = set()  # positions of rows that failed alone
         self._is_well = False  # whether the last job was done

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from dylora_stream.core.checks import CheckConfig
 from dylora_stream.core.durable import put_in_place
-from dylora_stream.core.errors import ModelMismatch, TrainingFailed
+from dylora_stream.core.errors import ModelMismatch, RowsUnlearnable, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.model.adapters import save_adapter
@@ -135,7 +135,10 @@ def _train(
         rivals=[_rival(entry) for entry in spec["registry"]["experts"]],
         network=RouterNetwork.load(Path(router), workshop.backbone.width) if router else None,
     )
-    outcome = Trial(workshop, plan).run()
+    try:
+        outcome = Trial(workshop, plan).run()
+    except RowsUnlearnable as error:
+        return {"decision": "rejected", "with": None, "reason": str(error)}
     if outcome.is_promoted:
         named = {key: spec.get(key) for key in ("expert_id", "skill_id", "version", "parent", "tenant")}
         _write_expert(workshop.backbone, plan, outcome, {**named, "job": spec["id"]}, result / "expert")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dylora_stream.core.errors import TrainingFailed
+from dylora_stream.core.errors import RowsUnlearnable
 from dylora_stream.core.recipes import Recipe, rate_at, steps_of
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.attention import plain_attention
@@ -133,11 +133,11 @@ def train_expert(
 ) -> Trained:
     """Train an expert from nothing, or on from an earlier version.
 
-    Raises TrainingFailed when no row is usable, or the loss stops being a number.
+    Raises RowsUnlearnable when no row is usable, or the loss stops being a number.
     """
     usable = _tokenised(backbone, fitting(backbone, rows, recipe))
     if not usable:
-        raise TrainingFailed(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
+        raise RowsUnlearnable(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
     with plain_attention(backbone, recipe.batch_size, max(len(row) for row in usable)):
         return _trained(backbone, usable, recipe, options)
 
@@ -168,7 +168,7 @@ def _trained(backbone: Backbone, usable: Sequence[_Row], recipe: Recipe, options
             if options.progress is not None:
                 options.progress(len(losses), steps, losses[-1])
     if not np.isfinite(losses).all():
-        raise TrainingFailed(
+        raise RowsUnlearnable(
             f"the loss was lost after {int(np.isfinite(losses).sum())} of {steps} steps: lower the rate"
         )
     adapter = _adapter(pairs, scale)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift
-from dylora_stream.core.errors import TrainingFailed
+from dylora_stream.core.errors import RowsUnlearnable, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant, separation
@@ -122,10 +122,10 @@ class Trial:
         self._backbone = workshop.backbone
 
     def run(self) -> Outcome:
-        """The steps of the module's docstring. Raises TrainingFailed."""
+        """The steps of the module's docstring. Raises TrainingFailed; RowsUnlearnable where the rows are the reason."""
         plan = self._plan
         if len(plan.rows) < 2:
-            raise TrainingFailed(
+            raise RowsUnlearnable(
                 f"{len(plan.rows)} labelled rows within {plan.recipe.max_row_tokens} tokens cannot be split into "
                 "training and check"
             )

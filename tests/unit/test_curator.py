@@ -7,6 +7,7 @@ from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Maturity
 from dylora_stream.core.ledger import ClusterState, JobKind, RowState
 from dylora_stream.core.messages import Feedback, Position, SampleReason, Topic
+from dylora_stream.learn.lifecycle import FIRST_WAIT_S
 
 
 def test_novel_rows_wait_until_a_sketch_job_is_worth_its_child() -> None:
@@ -156,15 +157,41 @@ def test_a_neighbour_that_is_not_served_takes_nothing() -> None:
     assert (desk.clusters[0].state, desk.clusters[0].rejections) == (ClusterState.OPEN, 1)
 
 
-def test_a_failed_job_backs_off_like_a_rejected_one() -> None:
-    """`training.failed` carries the error; the cluster asks for more rows."""
+def test_a_failed_job_is_no_rejection_and_is_tried_again() -> None:
+    """`training.failed` carries the error; a full disk or a killed child says nothing of the rows. Longer waits each
+    time, and never unlearnable; another cluster goes first meanwhile."""
     desk = Desk()
     desk.gather(texts("apple", 0, RULES.rows_to_seed))
-    changes = desk.commit(desk.curator.failed(desk.start(), "out of memory"))
-    assert told(changes, EventType.TRAINING_FAILED)[0].data["error"] == "out of memory"
-    assert desk.clusters[0].rows_wanted > RULES.rows_to_seed
-    assert desk.curator.next_job() is None
+    for failures in range(RULES.max_rejections + 2):
+        job = desk.start()
+        changes = desk.commit(desk.curator.failed(job, "out of memory"))
+        assert told(changes, EventType.TRAINING_FAILED)[0].data["error"] == "out of memory"
+        (cluster,) = desk.clusters
+        assert (cluster.state, cluster.rejections) == (ClusterState.OPEN, 0)
+        assert cluster.rows_wanted == RULES.rows_to_seed
+        assert desk.curator.next_job() is None
+        desk.clock.advance(FIRST_WAIT_S * 2**failures - 0.1)
+        assert desk.curator.next_job() is None
+        desk.clock.advance(0.2)
     assert desk.ledger.load().jobs == ()
+    desk.commit(desk.curator.failed(desk.start(), "out of memory"))
+    desk.gather(texts("bolt", 0, RULES.rows_to_seed))
+    assert desk.start().cluster_id != cluster.cluster_id
+
+
+def test_a_failed_consolidation_is_tried_again_with_the_same_rows() -> None:
+    """After a while; no more rows are wanted than before, and one that was rejected asks for more as ever."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    job = desk.start()
+    desk.commit(desk.curator.failed(job, "no room left"))
+    assert desk.curator.next_job() is None
+    desk.clock.advance(FIRST_WAIT_S)
+    assert desk.start().positions == job.positions
+    desk.end(job, "rejected")
+    desk.clock.advance(3600)
+    assert desk.curator.next_job() is None
 
 
 def fail(desk: Desk) -> int:
@@ -182,7 +209,7 @@ def test_a_failed_sketch_job_does_not_start_again_at_once() -> None:
     rows = RULES.sketch_rows
     for factor in (1, 1, 1, 1, 2, 4):
         assert fail(desk) == rows
-        desk.clock.advance(factor * RULES.sketch_after_s - 0.1)
+        desk.clock.advance(factor * FIRST_WAIT_S - 0.1)
         assert desk.curator.next_job() is None
         desk.clock.advance(0.2)
         rows = max(rows // 2, 1)
@@ -260,7 +287,7 @@ def test_a_buffer_that_is_filling_comes_before_consolidation() -> None:
 
 
 def test_an_attempt_in_vain_doubles_the_rows_to_the_next() -> None:
-    """Rejected or failed, consolidation waits for twice as many new rows; a success starts the count anew."""
+    """Rejected, consolidation waits for twice as many new rows; a success starts the count anew."""
     desk = Desk()
     expert = desk.grow_expert("apple")
     known(desk, expert, 100, RULES.rows_to_consolidate)

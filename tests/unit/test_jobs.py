@@ -195,6 +195,19 @@ def test_a_training_that_teaches_nothing_is_rejected_with_its_numbers(
     assert not (folder / "result" / "expert").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [({"rate": 1e30}, "the loss was lost"), ({"max_row_tokens": 1}, "cannot be split")]
+)
+def test_rows_that_teach_nothing_are_a_rejection_and_no_failure(
+    backbone: Backbone, tmp_path: Path, change: dict[str, float], said: str
+) -> None:
+    """Another attempt on the same rows would end the same way: the report says so, and the cluster counts it."""
+    spec = job("hopeless", recipe=asdict(RECIPE) | change)
+    report = report_of(play(backbone, tmp_path, spec, letter_rows(0, 40))[0])
+    assert report["decision"] == "rejected"
+    assert said in report["reason"]
+
+
 def test_a_consolidation_gives_a_second_version_that_its_held_out_rows_prefer(
     backbone: Backbone, letters: Path, tmp_path: Path
 ) -> None:

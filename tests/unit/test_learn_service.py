@@ -415,6 +415,9 @@ def test_folders_that_a_killed_process_left_go_at_the_next_start(workshop: Works
         (JobKind.SKETCH, "result/sketches.safetensors", b""),
         (JobKind.SKETCH, "result/sketches.safetensors", None),
         (JobKind.SKETCH, "../../reference.safetensors", b""),
+        (JobKind.SEED, "result/report.json", b""),
+        (JobKind.SEED, "result/report.json", b"{}"),
+        (JobKind.SEED, "result/report.json", b"[]"),
     ],
 )
 def test_a_damaged_result_is_thrown_away_and_the_job_done_anew(
