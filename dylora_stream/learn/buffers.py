@@ -173,7 +173,7 @@ class Buffers:
 
     def expire(self, now_ms: int, changes: Changes) -> None:
         """Give up clusters without a new row for too long, and rows that no answer came for, by record time: an old
-        stream that is read late is not old.
+        stream that is read late is not old. A closed cluster is forgotten so too: its like is new again.
 
         No record is from later than `now_ms`, whatever its sender's clock says.
         """
@@ -181,7 +181,7 @@ class Buffers:
         before_ms = min(newest_ms, now_ms) - self._rules.expire_after_ms
         for online in self._online.values():
             for position in online.expired(before_ms):
-                self.put(replace(self.rows[position], state=RowState.SETTLED), changes)
+                self.put(replace(self.rows[position], state=RowState.SETTLED, cluster_id=None), changes)
                 online.forget([position])
         changes.unlabelled_before_ms = before_ms
         for row in self.rows.in_state(RowState.UNLABELLED):

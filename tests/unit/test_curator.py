@@ -1,5 +1,7 @@
 """The curator's decisions on rows of three kinds that lie far apart."""
 
+from dataclasses import replace
+
 import pytest
 from learning import REQUESTS, RULES, Desk, sample, texts, told
 
@@ -122,6 +124,21 @@ def test_a_rejected_cluster_backs_off_and_ends_unlearnable() -> None:
     desk.gather(texts("apple", 500, 600))
     assert {row.state for row in desk.rows} == {RowState.SETTLED}
     assert desk.curator.next_job() is None
+
+
+def test_what_was_unlearnable_is_new_again_once_it_stayed_away() -> None:
+    """No record of its kind for `expire_after_days`: forgotten, after a restart too; the next ones found an expert."""
+    desk = Desk(replace(RULES, max_rejections=1))
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    desk.end(desk.start(), "rejected", reason="no gain")
+    assert desk.clusters[0].state is ClusterState.UNLEARNABLE
+    desk.clock.advance(RULES.expire_after_days * 24 * 3600 + 60)
+    desk.gather(texts("bolt", 0, 3))
+    desk.reopen()
+    desk.gather(texts("apple", 100, 100 + RULES.rows_to_seed))
+    job = desk.start()
+    assert (job.kind, len(job.positions)) == (JobKind.SEED, RULES.rows_to_seed)
+    assert job.cluster_id != desk.clusters[0].cluster_id
 
 
 def test_a_skill_the_backbone_has_is_settled_and_so_is_its_like() -> None:
