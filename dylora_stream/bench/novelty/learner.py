@@ -9,6 +9,7 @@ heart: what it knows it answers as the most alike of them was to be answered, so
 is; what no expert knows gets no answer.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from dylora_stream.bench.continual.workbench import Tell
 from dylora_stream.bench.novelty.child import Finished, StreamChild, Train, by_heart
 from dylora_stream.bench.novelty.script import Script
 from dylora_stream.bootstrap.parts import faiss_index, router_parts, statistics_loader
+from dylora_stream.core.durable import put_in_place
 from dylora_stream.core.events import EventType
 from dylora_stream.core.ledger import Changes, LedgerRow, RowState
 from dylora_stream.core.messages import (
@@ -219,14 +221,24 @@ def play(learner: StreamLearner, script: Script, tell: Tell) -> Played:
     )
 
 
-def trainer(settings: Settings, backbone: Backbone, tell: Tell) -> Train:
-    """Jobs done as the daemon's child does them, told about."""
+def trainer(settings: Settings, backbone: Backbone, tell: Tell, kept: Path) -> Train:
+    """Jobs done as the daemon's child does them, told about. Results are kept, so that a run goes on where it was."""
 
     def say(progress: dict[str, object]) -> None:
         tell(f"stream: {progress.get('stage')}", int(str(progress["step"])), int(str(progress["steps"])))
 
     workshop = Workshop(backbone=backbone, parts=router_parts(settings), routing=settings.router, say=say)
-    return lambda folder: run_job(folder, workshop)
+
+    def train(folder: Path) -> Path:
+        result = kept / folder.name
+        if not result.is_dir():
+            aside = kept / f".{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(run_job(folder, workshop), aside)
+            put_in_place(aside, result)
+        return result
+
+    return train
 
 
 def _training(settings: Settings, backbone: Backbone) -> Training:

@@ -124,7 +124,8 @@ def _measure(part: str, run: _Run, found: Findings) -> tuple[Script, Played] | N
     else:
         script = _script(run)
         with _folder(run) as folder:
-            train = trainer(run.settings, run.backbone, run.tell) if run.config.is_training else None
+            is_training, kept = run.config.is_training, folder / "trained"
+            train = trainer(run.settings, run.backbone, run.tell, kept) if is_training else None
             learner = StreamLearner(run.settings, run.backbone, script, folder, train)
             played = play(learner, script, run.tell)
         found.tally = tally(script, played, run.config.twins)
