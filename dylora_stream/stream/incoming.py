@@ -14,7 +14,6 @@ Sources: github.com/cloudevents/spec (spec.md, bindings/kafka-protocol-binding.m
 """
 
 import base64
-import binascii
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,7 +132,7 @@ def _structured(
     if data is None and isinstance(event.get("data_base64"), str):
         try:
             raw = base64.b64decode(event["data_base64"], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error is one; characters beyond ASCII raise a plain one
             raise BadRecord("malformed_json", "data_base64 is not base64") from error
         if not raw:
             raise BadRecord("empty_record", "the event has no data")

@@ -1,7 +1,14 @@
-"""The codec as one object, for the loops: `core.ports.Codec` with its limits and its CloudEvents source bound."""
+"""The codec as one object, for the loops: `core.ports.Codec` with its limits and its CloudEvents source bound.
 
+Invariant: decoding a request, a sample or feedback raises BadRecord and nothing else, even where the codec is at fault:
+a record whose error nobody expects would end every process that takes it, one after the other.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from dylora_stream.core.errors import BadRecord, DyloraError
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.messages import (
     Answer,
@@ -17,6 +24,19 @@ from dylora_stream.stream import codec
 
 __all__ = ["WireCodec"]
 
+UNDECODABLE = "undecodable"  # a dead letter's reason: the codec raised what it must not
+
+
+@contextmanager
+def _bad_records() -> Iterator[None]:
+    """The border: what is raised inside leaves as BadRecord."""
+    try:
+        yield
+    except DyloraError:
+        raise
+    except Exception as error:
+        raise BadRecord(UNDECODABLE, f"unexpected {type(error).__name__}: {error}") from error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireCodec:
@@ -27,15 +47,18 @@ class WireCodec:
 
     def decode_request(self, record: RawRecord) -> Request:
         """See the port."""
-        return codec.decode_request(record, self.limits)
+        with _bad_records():
+            return codec.decode_request(record, self.limits)
 
     def decode_sample(self, record: RawRecord) -> Sample:
         """See the port."""
-        return codec.decode_sample(record)
+        with _bad_records():
+            return codec.decode_sample(record)
 
     def decode_feedback(self, record: RawRecord) -> Feedback:
         """See the port."""
-        return codec.decode_feedback(record, self.limits)
+        with _bad_records():
+            return codec.decode_feedback(record, self.limits)
 
     def decode_registry(self, record: RawRecord) -> Registry | None:
         """See the port."""

@@ -38,7 +38,10 @@ STRUCTURED = (("content-type", b"application/cloudevents+json; charset=UTF-8"),)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 words = texts.filter(str.strip)
 values = st.one_of(
-    st.binary(max_size=60), texts.map(str.encode), texts.map(lambda text: b"{" + text.encode())
+    st.binary(max_size=60),
+    texts.map(str.encode),
+    texts.map(lambda text: b"{" + text.encode()),
+    texts.map(lambda text: json.dumps({"data_base64": text}).encode()),
 )
 
 
@@ -193,6 +196,7 @@ def test_a_bad_record_has_a_reason_of_its_own(value: bytes | None, reason: str) 
         (b'{"id": "1"}', "empty_record"),
         (b'{"data": [1]}', "wrong_type"),
         (b'{"data_base64": "!"}', "malformed_json"),
+        ('{"data_base64": "é"}'.encode(), "malformed_json"),
     ],
 )
 def test_a_bad_structured_event_has_a_reason(value: bytes, reason: str) -> None:

@@ -28,6 +28,17 @@ class ChokingAnswerer(UniformAnswerer):
         return super().answer(requests)
 
 
+class ClumsyLimits:
+    """Limits that cannot be read: the codec raises what its contract does not know."""
+
+    max_bytes = 1000
+
+    @property
+    def max_choices(self) -> int:
+        """Only asked for where a record has choices."""
+        raise KeyError("surprise")
+
+
 class SpyingAnswerer(UniformAnswerer):
     """Remembers what it was shown."""
 
@@ -65,6 +76,18 @@ def test_every_record_ends_as_a_result_or_a_dead_letter() -> None:
     outcome = pipeline(UniformAnswerer()).answer(records({"input": "a"}, b"{broken", {"input": "b"}), SERVING)
     assert sorted(topics(outcome)) == sorted([Topic.DEAD_LETTERS, Topic.RESULTS, Topic.RESULTS])
     assert outcome.dead_letters == {"malformed_json": 1}
+
+
+def test_a_record_that_the_codec_chokes_on_is_buried_and_the_rest_goes_on() -> None:
+    """A fault of the codec costs the one record that meets it: raised, it would stop every process that takes it."""
+    codec = WireCodec(source="/test", limits=ClumsyLimits())  # type: ignore[arg-type]
+    outcome = Pipeline(UniformAnswerer(), codec, ManualClock(), PipelineConfig()).answer(
+        records({"input": "a"}, {"input": "b", "choices": ["c"]}), SERVING
+    )
+    assert topics(outcome).count(Topic.RESULTS) == 1
+    assert outcome.dead_letters == {"undecodable": 1}
+    letter = next(message for message in outcome.messages if message.topic is Topic.DEAD_LETTERS)
+    assert b"KeyError: 'surprise'" in dict(letter.headers)["dylora.error.message"]
 
 
 @pytest.mark.parametrize(
