@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 TENANT_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
-POSITION_PATTERN = r"^.+:\d+:\d+$"
+POSITION_PATTERN = r"^.+:[0-9]{1,10}:[0-9]{1,19}$"  # a 32 bit partition, a 64 bit offset
 
 Tenant = Annotated[str, Field(pattern=TENANT_PATTERN)]
 PositionText = Annotated[str, Field(pattern=POSITION_PATTERN, description="topic:partition:offset")]

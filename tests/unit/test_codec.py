@@ -251,6 +251,20 @@ def test_feedback_names_its_request_by_position_or_id() -> None:
         assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("offset", ["9" * 20, "9" * 5000, "-1", "٣", "", "1\n"])
+def test_a_position_that_no_broker_has_is_refused(offset: str) -> None:
+    """An offset has 64 bits: Python refuses to read numbers of more than some thousand digits at all."""
+    position = f"dylora.requests:0:{offset}"
+    sample = json.loads(codec.encode_sample(a_sample(np.zeros(2, np.float32))).value or b"")
+    for decode, fields in (
+        (codec.decode_feedback, {"output": "4"}),
+        (codec.decode_sample, sample),
+    ):
+        with pytest.raises(BadRecord) as caught:
+            decode(raw(json.dumps(fields | {"position": position}).encode()))
+        assert caught.value.reason == "invalid_position"
+
+
 # ---- results and events ----
 
 

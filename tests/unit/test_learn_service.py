@@ -16,6 +16,7 @@ from learning import (
     CODEC,
     NOVELTY,
     REFERENCE,
+    REQUESTS,
     RULES,
     SPACE,
     features_of,
@@ -218,6 +219,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop.send(INPUTS)
     workshop.steps(STEPS)
     return workshop
+
+
+def test_feedback_that_cannot_be_read_is_passed_over(workshop: Workshop) -> None:
+    """What users write never stops the loop: the record is taken, and the samples beside it are learned from."""
+    position = f"{REQUESTS}:0:{'9' * 5000}"
+    for value in (json.dumps({"output": "x", "position": position}).encode(), b"{", None):
+        workshop.broker.append(Topic.FEEDBACK, value, b"k")
+    workshop.send(INPUTS)
+    workshop.steps(3)
+    assert len(workshop.ledger.load().rows) == len(INPUTS)
+    assert workshop.ledger.positions()[workshop.broker.name(Topic.FEEDBACK), 0] == 3
 
 
 def kinds_of(workshop: Workshop) -> Counter[str]:
