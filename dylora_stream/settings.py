@@ -94,7 +94,9 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    kafka: KafkaConfig = KafkaConfig(bootstrap_servers="127.0.0.1:9092", group="dylora")
+    kafka: KafkaConfig = KafkaConfig(  # no instance: the data folder has an id of its own (`store.identity`)
+        bootstrap_servers="127.0.0.1:9092", group="dylora", instance=""
+    )
     topics: TopicLayout = TopicLayout()
     model: ModelConfig = ModelConfig()
     pool: PoolConfig = PoolConfig()

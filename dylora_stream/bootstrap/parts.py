@@ -16,6 +16,7 @@ from dylora_stream.core.routing import SERVED_METHODS
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
+from dylora_stream.store.identity import folder_id
 from dylora_stream.stream.broker import is_embedded
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.topics import ensure_topics
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SystemClock", "broker_folder", "check_method", "create_topics", "expert_store", "faiss_index", "fetch_model",
-    "kafka_of", "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts", "statistics_loader",
+    "instance_of", "kafka_of", "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts",
+    "statistics_loader",
 ]  # fmt: skip
+
+EMBEDDED_INSTANCE = "0"
 
 log = structlog.get_logger(__name__)
 
@@ -144,12 +148,29 @@ def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertSta
     return load
 
 
+def instance_of(settings: Settings) -> str:
+    """What tells this machine's processes from another's: `kafka.instance`, or the data folder's own id.
+
+    The embedded broker keeps its data in that folder too, and never lets a member go that was killed: for it the name
+    is a fixed one, so that whoever comes next takes the member's place.
+    """
+    if settings.kafka.instance:
+        return settings.kafka.instance
+    return EMBEDDED_INSTANCE if _uses_embedded(settings) else folder_id(settings.store.folder)
+
+
 def kafka_of(settings: Settings, instance: str, group: str | None = None) -> KafkaConfig:
     """The broker as one client of this process sees it."""
-    embedded = is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings))
     return replace(
-        settings.kafka, instance=instance, group=group or settings.kafka.group, is_embedded=embedded
+        settings.kafka,
+        instance=instance,
+        group=group or settings.kafka.group,
+        is_embedded=_uses_embedded(settings),
     )
+
+
+def _uses_embedded(settings: Settings) -> bool:
+    return is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings))
 
 
 def create_topics(settings: Settings) -> list[Topic]:

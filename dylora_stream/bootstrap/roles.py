@@ -21,6 +21,7 @@ from dylora_stream.bootstrap.parts import (
     expert_store,
     faiss_index,
     fetch_model,
+    instance_of,
     kafka_of,
     load_backbone,
     mixture_answerer,
@@ -227,7 +228,7 @@ def _drain_at_end(service: _Service) -> None:
 def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConfig, Identity]:
     """Settings that the daemon can serve, logs, identity, a reachable broker and its topics."""
     check_method(settings)
-    identity = claim_identity(settings.store.folder, role, settings.kafka.instance)
+    identity = claim_identity(settings.store.folder, role, instance_of(settings))
     closing.callback(identity.lock.close)
     configure_logs(settings.log, identity.name)
     kafka = kafka_of(settings, identity.name, f"{settings.kafka.group}.{role}")

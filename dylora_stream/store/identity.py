@@ -1,33 +1,57 @@
 """Who this process is: an instance id under a lock in the data folder.
 
-Transactional ids and group membership need a name that survives a restart and that no second process shares. Each role
-takes the first number whose lock file is free; the lock is the kernel's, so a killed process gives it back at once. The
-file's text is the process id, for whoever wants to signal it.
+Transactional ids and group membership need a name that survives a restart and that no second process shares, on this
+machine or another. Between data folders it is told apart by an id that is made once and kept in the folder; within one,
+each role takes the first number whose lock file is free. The lock is the kernel's, so a killed process gives it back at
+once. The file's text is the process id, for whoever wants to signal it.
+
+A folder that is lost, or that had no id of its own before, gives its processes new names: a static member of an old
+name that was killed keeps its partitions until its session times out, and a transaction that it left open lasts until
+the broker's time-out. Nothing is lost or repeated by that; the stream waits for it once.
 """
 
 import fcntl
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from dylora_stream.core.errors import StoreError
 
-__all__ = ["Identity", "claim_identity"]
+__all__ = ["Identity", "claim_identity", "folder_id"]
 
 MOST_INSTANCES = 64  # of one role in one data folder
+ID_BYTES = 4  # of chance: some thousand folders, and one in a thousand that two of them have one id
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """A claimed name; keep the object for the life of the process."""
 
-    name: str  # `{host part}-{role}-{number}`
+    name: str  # `{instance}-{role}-{number}`
     lock: TextIO
 
 
-def claim_identity(folder: Path, role: str, application: str) -> Identity:
-    """The lowest free instance of this role in this data folder."""
+def folder_id(folder: Path) -> str:
+    """The data folder's own id, 8 hexadecimal digits: made by whoever asks first, and the same ever after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "instance").open("a+") as file:
+        fcntl.flock(
+            file, fcntl.LOCK_EX
+        )  # until the file is closed: of two that start at once, one makes the id
+        file.seek(0)
+        found = file.read().strip()
+        if not found:
+            found = secrets.token_hex(ID_BYTES)
+            file.write(found)
+            file.flush()
+            os.fsync(file.fileno())
+        return found
+
+
+def claim_identity(folder: Path, role: str, instance: str) -> Identity:
+    """The lowest free number of this role in this data folder. Raises StoreError when none is free."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(MOST_INSTANCES):
         lock = (folder / f"{role}-{number}.pid").open("a+")
@@ -39,7 +63,7 @@ def claim_identity(folder: Path, role: str, application: str) -> Identity:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        return Identity(f"{application}-{role}-{number}", lock)
+        return Identity(f"{instance}-{role}-{number}", lock)
     raise StoreError(
         f"{MOST_INSTANCES} {role} processes already use {folder}; give this one another store.folder"
     )

@@ -52,7 +52,9 @@ class KafkaConfig:
     prefix: str = "dylora."  # of every topic that `names` does not name
     names: Mapping[Topic, str] = field(default_factory=dict)  # whole names of single topics
     group: str = "dylora.serve"  # the consumer group
-    instance: str = "0"  # names this process among its like; static membership and client id
+    instance: str = (
+        "0"  # names this process among its like: static membership and client id; each has its own
+    )
     start_from: Literal["earliest", "latest"] | None = (
         None  # where to start when the committed offsets are lost
     )
@@ -117,7 +119,7 @@ def client_options(config: KafkaConfig, role: str) -> dict[str, Any]:
     """The options that consumers, producers and admin clients share."""
     options: dict[str, Any] = {
         "bootstrap_servers": [server.strip() for server in config.bootstrap_servers.split(",")],
-        "client_id": f"dylora.{config.instance}.{role}",
+        "client_id": ".".join(part for part in ("dylora", config.instance, role) if part),
         "security_protocol": config.security_protocol,
         "request_timeout_ms": round(config.request_timeout_s * 1000),
         "bootstrap_timeout_ms": round(ATTEMPT_S * 1000),
@@ -225,8 +227,9 @@ _FATES: dict[str, type[BrokerError]] = {
     for name in names.split()
 }  # fmt: skip
 _ADVICE: dict[type[BrokerError], str] = {
-    Fenced: "another process uses the same instance id, or this one stood still for longer than a transaction may "
-    "take; give each process its own data folder, and start this one again",
+    Fenced: "another process has the same instance id (kafka.instance set to one value on two machines, or a data "
+    "folder that was copied), or this one stood still for longer than a transaction may take; set kafka.instance to "
+    "another value on each machine, and start this one again",
     BrokerUnreachable: "the broker is not reachable, or it refused the credentials",
     TopicMissing: "create the topic, or let `dylora-stream topics create` do it",
     OffsetsLost: "set kafka.start_from to `earliest` or `latest` to go on from there",
