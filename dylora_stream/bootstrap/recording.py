@@ -8,7 +8,7 @@ from dylora_stream.core.errors import BadRecord
 from dylora_stream.core.messages import DeadLetter, RawRecord, Topic
 from dylora_stream.settings import Settings
 from dylora_stream.stream import codec
-from dylora_stream.stream.source import KafkaChangelog
+from dylora_stream.stream.changelog import KafkaChangelog
 
 __all__ = ["dead_letters", "is_whole", "recorded"]
 

@@ -1,4 +1,4 @@
-"""Records in: a member of a consumer group, and a reader of a whole compacted topic.
+"""Records in: a member of a consumer group. Who reads a whole topic without one is in `changelog`.
 
 Steps 1 and 2 of the transaction that `sink` ends (the numbers are the design's, and stand in the body):
 
@@ -14,7 +14,7 @@ Invariant: no record is handed out before its generation's partitions were settl
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -42,7 +42,7 @@ from dylora_stream.core.ports import Batch, Checkpoint
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
 from dylora_stream.stream.pacing import poll
 
-__all__ = ["KafkaChangelog", "KafkaSource"]
+__all__ = ["CLOSE_S", "KafkaSource", "in_order"]
 
 CLOSE_S = 5.0  # for leaving the group
 UNSETTLED = -1  # no generation: the client's own mark for "not a member"
@@ -333,67 +333,3 @@ class KafkaSource:
                 )
             finally:
                 admin.close()
-
-
-class KafkaChangelog:
-    """Topics read whole and for ever, without a group (core.ports.Changelog); in order within each partition."""
-
-    def __init__(self, config: KafkaConfig, *topics: Topic) -> None:
-        self._config = config
-        names = [config.topic(topic) for topic in topics or (Topic.EXPERTS,)]
-        self._name = ", ".join(names)
-        options = consumer_options(config, "changelog", in_group=False)
-        self._consumer = connect(lambda: KafkaConsumer(**options), config)
-        with kafka_errors(f"looking for {self._name}"):
-            missing = set(names) - set(self._consumer.topics())
-            if missing:
-                self.close()
-                raise TopicMissing(
-                    f"there is no topic {', '.join(sorted(missing))}; create it with `dylora-stream topics create`"
-                )
-            self._partitions = [
-                TopicPartition(name, number)
-                for name in names
-                for number in sorted(self._consumer.partitions_for_topic(name) or ())
-            ]
-            self._consumer.assign(self._partitions)
-            self._consumer.seek_to_beginning(*self._partitions)
-
-    def poll(self, timeout_s: float = 0.0) -> list[RawRecord]:
-        """See core.ports.Changelog.poll."""
-        with kafka_errors(f"reading {self._name}"):
-            return list(in_order(poll(self._consumer, timeout_s, is_paced=self._config.is_embedded)))
-
-    def catch_up(self, timeout_s: float) -> list[RawRecord]:
-        """See core.ports.Changelog.catch_up."""
-        return [record for records in self.to_end(timeout_s) for record in records]
-
-    def to_end(self, timeout_s: float) -> Iterator[list[RawRecord]]:
-        """What stands in the topics up to where they end now, as it comes; BrokerUnreachable when none comes for so
-        long."""
-        with kafka_errors(f"reading {self._name}"):
-            ends = self._consumer.end_offsets(self._partitions, timeout_ms=round(timeout_s * 1000))
-        last_s = time.monotonic()
-        while self._is_before(ends):
-            records = self.poll(0.1)
-            if records:
-                yield records
-                last_s = time.monotonic()
-            elif time.monotonic() - last_s > timeout_s:
-                raise BrokerUnreachable(
-                    f"{self._name} could not be read to its end: nothing came for {timeout_s:g} s"
-                )
-
-    def close(self) -> None:
-        """See core.ports.Changelog.close."""
-        with suppress(KafkaError, OSError):
-            self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
-
-    def _is_before(self, ends: Mapping[TopicPartition, int]) -> bool:
-        with kafka_errors(f"reading {self._name}"):
-            return any(self._position(part) < ends[part] for part in self._partitions)
-
-    def _position(self, partition: TopicPartition) -> int:
-        return (
-            self._consumer.position(partition, timeout_ms=round(self._config.request_timeout_s * 1000)) or 0
-        )

@@ -13,9 +13,10 @@ from dylora_stream.core.errors import Fenced, TransactionAborted
 from dylora_stream.core.messages import OutboundMessage, RawRecord, Topic
 from dylora_stream.core.ports import Batch, Changelog, Checkpoint, Partition, Sink, Source
 from dylora_stream.stream.broker import EmbeddedIds
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.sink import FixedId, KafkaSink
-from dylora_stream.stream.source import KafkaChangelog, KafkaSource
+from dylora_stream.stream.source import KafkaSource
 from dylora_stream.stream.topics import TopicLayout, ensure_topics
 from dylora_stream.testing import MemoryBroker, MemoryChangelog, MemorySink, MemorySource
 

@@ -19,8 +19,8 @@ from dylora_stream.core.ledger import Changes
 from dylora_stream.core.messages import DeadLetter, Position, RawRecord, Topic
 from dylora_stream.settings import Settings, load_settings
 from dylora_stream.stream import codec
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import client_options
-from dylora_stream.stream.source import KafkaChangelog
 
 pytestmark = pytest.mark.kafka
 
