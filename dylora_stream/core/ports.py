@@ -63,11 +63,13 @@ class Source(Protocol):
         """Go back to the committed position of every assigned partition (the broker's, or the reader's own). May be
         called at any time between polls, any number of times."""
 
-    def lag_records(self) -> int:
-        """End offset minus position, summed over the assigned partitions; may block for a round trip."""
+    def lag_records(self) -> float:
+        """End offset minus position, summed over the assigned partitions; NaN where it cannot be known now. May block
+        for a round trip; never raises."""
 
     def committed_note(self) -> str:
-        """The largest note stored beside the group's committed offsets, as an integer text; empty without one."""
+        """The largest note stored beside the group's committed offsets, as an integer text; empty without one. Raises
+        BrokerUnreachable or TransactionAborted where it cannot be read now."""
 
     def close(self) -> None:
         """Leave the group. May be called twice."""

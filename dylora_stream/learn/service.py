@@ -10,7 +10,8 @@ The order of a step:
     5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
     6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
 
-After a crash the number read from Kafka says which outbox entries are out already, so each message is sent once.
+After a crash or an abort the number read from Kafka says which outbox entries are out already, so each message is sent
+once; while it cannot be read, nothing is sent.
 Torch is never imported here; all that needs the backbone is the child's.
 """
 
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from dylora_stream.core.errors import BadRecord, TrainingFailed, TransactionAborted
+from dylora_stream.core.errors import BadRecord, BrokerUnreachable, TrainingFailed, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
@@ -76,7 +77,7 @@ class LearnConfig:
 class LearnMetrics(Protocol):
     """What the loop tells the operator's metrics."""
 
-    def polled(self, lag_records: Callable[[], int]) -> None:
+    def polled(self, lag_records: Callable[[], float]) -> None:
         """The source was asked; `lag_records` may be called, here in the loop's thread, where a client is safe."""
 
     def sampled(self, samples: Sequence[Sample]) -> None:
@@ -138,6 +139,7 @@ class LearnService:
         self._leaving: SimpleQueue[str] = SimpleQueue()  # experts to retire, asked for from other threads
         self.is_ready = False
         self._is_draining = False
+        self._is_in_doubt = False  # whether an aborted transaction may have happened after all
 
     def drain(self) -> None:
         """Finish the step at hand, then leave `run`. Callable from a signal handler."""
@@ -360,6 +362,9 @@ class LearnService:
         pending = self._ports.ledger.outbox()
         if not pending or checkpoint.group is None:
             return
+        if self._is_in_doubt:
+            self._resolve_doubt()
+            return
         last = pending[-1][0]
         offsets = dict(checkpoint.offsets) or dict(self._positions)
         try:
@@ -368,10 +373,19 @@ class LearnService:
         except TransactionAborted as error:
             log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
             self._ports.metrics.aborted()
-            self._forget_published()  # a commit that ran into its time-out may have happened all the same
+            self._is_in_doubt = True  # a commit that ran into its time-out may have happened all the same
             self._ports.source.rewind()
             return
         self._ports.ledger.published(last)
+
+    def _resolve_doubt(self) -> None:
+        """Read what the aborted transaction published after all; where that fails, ask again in the next round."""
+        try:
+            self._forget_published()
+        except (BrokerUnreachable, TransactionAborted) as error:
+            log.warning("outbox_in_doubt", reason=str(error))
+            return
+        self._is_in_doubt = False
 
     def _forget_published(self) -> None:
         note = self._ports.source.committed_note()

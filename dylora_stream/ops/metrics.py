@@ -103,7 +103,7 @@ class Metrics:
         gauge = self._watched[name][0] if name in self._watched else self._gauge(name, meaning)
         self._watched[name] = (gauge, read)
 
-    def polled(self, lag_records: Callable[[], int]) -> None:
+    def polled(self, lag_records: Callable[[], float]) -> None:
         """The source was asked. Its lag is asked for now and then, here, because its client is the loop's alone."""
         now_s = self._last_poll_s = self._clock.monotonic_s()
         if now_s >= self._lag_due_s:

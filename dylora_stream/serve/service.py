@@ -50,7 +50,7 @@ class ServeConfig:
 class ServeMetrics(Protocol):
     """What the loop tells the operator's metrics."""
 
-    def polled(self, lag_records: Callable[[], int]) -> None:
+    def polled(self, lag_records: Callable[[], float]) -> None:
         """The source was asked; `lag_records` may be called, here in the loop's thread, where a client is safe."""
 
     def answered(self, outcome: Outcome, latency_s: float) -> None:

@@ -13,6 +13,7 @@ own positions take the place of the committed offsets.
 Invariant: no record is handed out before its generation's partitions were settled at the position to go on from.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -143,22 +144,25 @@ class KafkaSource:
         return Batch(records=in_order(polled), checkpoint=Checkpoint(offsets=offsets, group=group))
 
     def rewind(self) -> None:
-        """See core.ports.Source.rewind."""
+        """See core.ports.Source.rewind. The next poll seeks: what a transaction failed for may last a moment longer."""
         self._generation = UNSETTLED
-        with kafka_errors("rewinding"):
-            self._settle()
 
-    def lag_records(self) -> int:
+    def lag_records(self) -> float:
         """See core.ports.Source.lag_records."""
-        with kafka_errors("measuring the lag"):
-            assigned = self._consumer.assignment()
-            if not assigned or self._generation == UNSETTLED:
-                return 0
-            ends = self._consumer.end_offsets(assigned, timeout_ms=self._timeout_ms)
-            return sum(
-                max(0, end - (self._consumer.position(partition, timeout_ms=self._timeout_ms) or 0))
-                for partition, end in ends.items()
-            )
+        try:
+            with kafka_errors("measuring the lag"):
+                assigned = self._consumer.assignment()
+                if self._generation == UNSETTLED:
+                    return math.nan
+                ends = self._consumer.end_offsets(assigned, timeout_ms=self._timeout_ms) if assigned else {}
+                positions = {
+                    partition: self._consumer.position(partition, timeout_ms=self._timeout_ms) or 0
+                    for partition in ends
+                }
+                return float(sum(max(0, end - positions[partition]) for partition, end in ends.items()))
+        except BrokerError as error:  # partitions moved between two questions, or the broker is slow
+            log.debug("lag_unknown", cause=str(error))
+            return math.nan
 
     def assignment(self) -> frozenset[tuple[str, int]]:
         """The partitions that this member owns now."""

@@ -26,7 +26,7 @@ from learning import (
 )
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import ExpertUnknown, TransactionAborted
+from dylora_stream.core.errors import BrokerUnreachable, ExpertUnknown, TransactionAborted
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity
 from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
@@ -71,7 +71,7 @@ class CountingMetrics:
         self.sampled_rows = self.aborts = 0
         self.on_poll: Callable[[], None] = lambda: None
 
-    def polled(self, lag_records: Callable[[], int]) -> None:
+    def polled(self, lag_records: Callable[[], float]) -> None:
         """See LearnMetrics."""
         lag_records()
         self.on_poll()
@@ -106,6 +106,20 @@ class SilentSink(MemorySink):
             raise TransactionAborted("no answer in time")
 
 
+class SlowSource(MemorySource):
+    """Does not get the committed note from its broker three times, once the group has one."""
+
+    slow_answers = 3
+
+    def committed_note(self) -> str:
+        """See the port."""
+        note = super().committed_note()
+        if note and self.slow_answers:
+            self.slow_answers -= 1
+            raise BrokerUnreachable("no answer in time")
+        return note
+
+
 class DyingChild(ScriptedChild):
     """Takes a job and says nothing of it, as one whose process is killed."""
 
@@ -125,10 +139,15 @@ class Workshop:
         self.is_able = True
         self.start()
 
-    def start(self, sink: type[MemorySink] = MemorySink, child: type[ScriptedChild] = ScriptedChild) -> None:
+    def start(
+        self,
+        sink: type[MemorySink] = MemorySink,
+        child: type[ScriptedChild] = ScriptedChild,
+        source: type[MemorySource] = MemorySource,
+    ) -> None:
         """A new process on what the last one left."""
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
-        self.source = MemorySource(self.broker, topics, group=GROUP, positions=self.ledger.positions)
+        self.source = source(self.broker, topics, group=GROUP, positions=self.ledger.positions)
         self.sink = sink(self.broker, "dylora.learn.0")
         ports = LearnPorts(
             source=self.source,
@@ -323,6 +342,21 @@ def test_a_commit_that_happened_without_an_answer_is_not_sent_again(
     workshop.steps(STEPS + 1)
     assert workshop.metrics.aborts == 1
     assert kinds_of(workshop) == kinds_of(undisturbed)
+
+
+def test_an_outbox_in_doubt_waits_until_the_broker_says_what_it_has(
+    tmp_path: Path, undisturbed: Workshop
+) -> None:
+    """The broker is slow after the abort too: nothing is sent on a guess, and the process goes on."""
+    workshop = Workshop(tmp_path)
+    workshop.start(sink=SilentSink, source=SlowSource)
+    workshop.send(INPUTS)
+    workshop.steps(STEPS + 6)
+    assert isinstance(workshop.source, SlowSource)
+    assert workshop.source.slow_answers == 0
+    assert workshop.metrics.aborts == 1
+    assert kinds_of(workshop) == kinds_of(undisturbed)
+    assert workshop.ledger.outbox() == []
 
 
 def test_rows_below_the_ledgers_positions_are_skipped(workshop: Workshop) -> None:

@@ -90,7 +90,7 @@ class WatchedLedger(MemoryLedger):
 class Quiet:
     """`LearnMetrics` that nobody reads."""
 
-    def polled(self, lag_records: Callable[[], int]) -> None:
+    def polled(self, lag_records: Callable[[], float]) -> None:
         """See LearnMetrics."""
 
     def sampled(self, samples: Sequence[Sample]) -> None:
