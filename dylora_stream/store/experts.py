@@ -79,7 +79,13 @@ class FolderStore:
             return folder
         if not folder.is_dir():
             raise ExpertCorrupt(f"{folder} is missing; restore it from a backup, or retire the expert")
-        if folder_digest(folder) != stored.sha256:
+        try:
+            is_whole = folder_digest(folder) == stored.sha256
+        except OSError as error:
+            raise ExpertCorrupt(f"{folder} cannot be read: {error}") from error
+        if not is_whole:
+            if not self._is_local:
+                shutil.rmtree(folder, ignore_errors=True)  # the next one to ask fetches it again
             raise ExpertCorrupt(
                 f"{folder} is not what its digest says; restore it from a backup, or retire the expert"
             )
@@ -87,6 +93,7 @@ class FolderStore:
         return folder
 
     def _fetch(self, stored: StoredFolder) -> Path:
+        """The folder in the cache, unverified. Other processes may use the same cache at the same time."""
         target = self._cache / stored.path
         if target.is_dir():
             return target
@@ -95,7 +102,8 @@ class FolderStore:
         try:
             self._fs.get(f"{self._root}/{stored.path}/", f"{aside}/", recursive=True)
             aside.rename(target)
-        except OSError as error:
+        except Exception as error:  # each kind of storage has a client with errors of its own
             shutil.rmtree(aside, ignore_errors=True)
-            raise ExpertCorrupt(f"{stored.path} cannot be fetched from {self._root}: {error}") from error
+            if not target.is_dir():  # else another process was quicker
+                raise ExpertCorrupt(f"{stored.path} cannot be fetched from {self._root}: {error}") from error
         return target

@@ -1,14 +1,20 @@
 """One contract for the expert store, over folders and over the in-memory double; then what only files can suffer."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dylora_stream.core.errors import ExpertCorrupt
 from dylora_stream.core.experts import StoredFolder
 from dylora_stream.core.ports import ExpertStore
 from dylora_stream.store.experts import FolderStore, folder_digest
 from dylora_stream.testing import MemoryExpertStore
+
+DEADLINE_S = 20.0  # of what another thread does at once
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -99,3 +105,49 @@ def test_a_remote_folder_is_fetched_through_the_cache(tmp_path: Path) -> None:
     opened = FolderStore(url, tmp_path / "cache").open(stored)
     assert opened.is_relative_to(tmp_path / "cache")
     assert folder_digest(opened) == stored.sha256
+
+
+def test_two_workers_that_fetch_at_once_both_get_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a data folder and its cache: the slower one takes what the quicker one has put there."""
+    url = "memory://fetched-at-once"
+    stored = FolderStore(url, tmp_path / "unused").put(expert(tmp_path / "one"))
+    workers = [FolderStore(url, tmp_path / "cache") for _ in range(2)]
+    meeting, get = threading.Barrier(2), MemoryFileSystem.get
+
+    def met(*arguments: Any, **options: Any) -> None:
+        get(*arguments, **options)
+        meeting.wait(DEADLINE_S)  # until the other one has it too
+
+    monkeypatch.setattr(MemoryFileSystem, "get", met)
+    with ThreadPoolExecutor(2) as pool:
+        opened = list(pool.map(lambda worker: worker.open(stored), workers))
+    assert opened[0] == opened[1]
+    assert folder_digest(opened[0]) == stored.sha256
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [stored.sha256[:2]]
+
+
+def test_a_fetched_folder_that_is_damaged_is_fetched_again(tmp_path: Path) -> None:
+    """The cache is no place to restore from a backup: asking once more mends it."""
+    url = "memory://damaged-in-the-cache"
+    stored = FolderStore(url, tmp_path / "unused").put(expert(tmp_path / "one"))
+    opened = FolderStore(url, tmp_path / "cache").open(stored)
+    (opened / "adapter").write_text("weightz")
+    worker = FolderStore(url, tmp_path / "cache")
+    with pytest.raises(ExpertCorrupt):
+        worker.open(stored)
+    assert folder_digest(worker.open(stored)) == stored.sha256
+
+
+def test_a_storage_that_does_not_answer_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its client raises."""
+    url = "memory://silent"
+    stored = FolderStore(url, tmp_path / "unused").put(expert(tmp_path / "one"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to the bucket")
+
+    monkeypatch.setattr(MemoryFileSystem, "get", fail)
+    with pytest.raises(ExpertCorrupt, match="no route to the bucket"):
+        FolderStore(url, tmp_path / "cache").open(stored)
