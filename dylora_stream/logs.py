@@ -25,6 +25,7 @@ EVENTS = {
     "child_started": "learn has a new training child",
     "dead_lettered": "records of a batch could not be answered and went to the dead letters",
     "event_dropped": "a worker's own event could not be published; nothing depends on it",
+    "expert_load_failed": "part of a registry cannot be served; its old version, if any, stays",
     "group_moved_on": "the group was reassigned while records were polled; they are left to their new owner",
     "http_listening": "the operator's port is open at this address",
     "lag_unknown": "the lag could not be read just now; the metric is NaN until it can",

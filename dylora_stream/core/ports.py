@@ -22,7 +22,7 @@ from dylora_stream.core.messages import (
 
 __all__ = [
     "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore",
-    "IndexFactory", "JobUpdate", "Partition", "Sink", "Source", "VectorIndex",
+    "IndexFactory", "JobUpdate", "LoadFailure", "Partition", "Sink", "Source", "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -145,9 +145,21 @@ class Clock(Protocol):
         """Never goes back, seconds."""
 
 
-Activation = Callable[[], tuple[str, ...]]
-"""Serves a prepared registry from the next batch on, whole; called between batches, takes milliseconds. Returns the
-names of versions that could not be loaded (their old version, if any, stays)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailure:
+    """A part of a registry that is not served: `name` is a version's, or `router`; its old version, if any, stays.
+
+    `may_pass`: preparing the same registry again may succeed, once the store answers or the files are restored.
+    """
+
+    name: str
+    reason: str
+    may_pass: bool
+
+
+Activation = Callable[[], tuple[LoadFailure, ...]]
+"""Serves a prepared registry from the next batch on, whole; called between batches, takes milliseconds. Returns what
+could not be loaded."""
 
 
 class Answerer(Protocol):

@@ -16,7 +16,7 @@ from dylora_stream.core.errors import BadRecord, ExpertCorrupt, ModelMismatch
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, RoutingWeight
 from dylora_stream.core.novelty import NoveltyScores
-from dylora_stream.core.ports import Activation, ExpertStore
+from dylora_stream.core.ports import Activation, ExpertStore, LoadFailure
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.config import GenerationConfig
 from dylora_stream.model.decoding import generate, rank_choices
@@ -46,19 +46,18 @@ class MixtureAnswerer:
         """The name of the space that answers' features live in."""
         return self._live.feature_space
 
-    def activate(self, registry: Registry) -> tuple[str, ...]:
+    def activate(self, registry: Registry) -> tuple[LoadFailure, ...]:
         """`prepare`, and the swap at once."""
         return self.prepare(registry)()
 
     def prepare(self, registry: Registry) -> Activation:
         """See the port. Versions that are live already are not read again; everything is swapped at the end.
 
-        The activation names `router` where the router could not be loaded. Raises ModelMismatch, and changes nothing,
-        for a registry of another backbone or feature space.
+        Raises ModelMismatch, and changes nothing, for a registry of another backbone or feature space.
         """
         self._check(registry)
         live = {expert.expert_id: expert for expert in self._live.experts}
-        failed: list[str] = []
+        failed: list[LoadFailure] = []
         chosen: list[LoadedExpert] = []
         for version in registry.experts:
             if version.maturity not in SERVED:
@@ -66,20 +65,22 @@ class MixtureAnswerer:
             old = live.get(version.expert_id)
             try:
                 chosen.append(self._loaded(version, old))
-            except (ExpertCorrupt, ModelMismatch):
-                failed.append(version.name)
+            except (ExpertCorrupt, ModelMismatch) as error:
+                failed.append(_failure(version.name, error))
                 if old is not None:
                     chosen.append(old)
-        failed += [expert.name for expert in chosen[self._live.pool.slots :]]
-        del chosen[self._live.pool.slots :]
+        slots = self._live.pool.slots
+        full = ModelMismatch(f"all {slots} slots are taken: raise pool.slots, or retire an expert")
+        failed += [_failure(expert.name, full) for expert in chosen[slots:]]
+        del chosen[slots:]
         network, source = self._network, self._network_source
         try:
             network, source = self._router_of(registry)
-        except (ExpertCorrupt, ModelMismatch):
-            failed.append("router")
+        except (ExpertCorrupt, ModelMismatch) as error:
+            failed.append(_failure("router", error))
         install = self._live.prepared(chosen, network)
 
-        def activate() -> tuple[str, ...]:
+        def activate() -> tuple[LoadFailure, ...]:
             install()
             self._network, self._network_source = network, source
             return tuple(failed)
@@ -216,6 +217,11 @@ class MixtureAnswerer:
                 f"{tokens} tokens ({len(text)} characters) are more than the {self._max_tokens} that are answered",
                 stage="answer",
             )
+
+
+def _failure(name: str, error: ExpertCorrupt | ModelMismatch) -> LoadFailure:
+    """Files can be restored and a store can come back; what does not fit this process never will."""
+    return LoadFailure(name=name, reason=str(error), may_pass=isinstance(error, ExpertCorrupt))
 
 
 def _room(config: Any, max_input_tokens: int, max_new_tokens: int) -> int:

@@ -11,7 +11,7 @@ The order of a batch (the transaction's steps 1, 2 and 4 to 8 live in the source
 Invariant: nothing is kept between batches but the registry, so a batch taken again gives the same kind of outcome.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,10 +22,13 @@ from dylora_stream.core.errors import TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import RawRecord
-from dylora_stream.core.ports import Activation, Answerer, Changelog, Clock, Codec, Sink, Source
+from dylora_stream.core.ports import Activation, Answerer, Changelog, Clock, Codec, LoadFailure, Sink, Source
 from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
 
 __all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService", "Worker"]
+
+FIRST_RETRY_S = 5.0  # before versions that could not be loaded are tried again, doubled each time
+LONGEST_RETRY_S = 300.0
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +93,9 @@ class _Progress:
     registry: Registry = field(default_factory=Registry)
     newest: Registry = field(default_factory=Registry)
     preparing: tuple[Registry, Future[Activation]] | None = None
+    missing: frozenset[str] = frozenset()  # what of the registry could not be loaded, and was told of
+    retry_at_s: float | None = None  # when that is tried again, by the clock
+    retry_wait_s: float = FIRST_RETRY_S
     is_ready: bool = False
     is_draining: bool = False
 
@@ -173,9 +179,10 @@ class ServeService:
                 self._progress.newest = found
 
     def _prepare(self) -> None:
-        """Begin with the newest registry, one at a time; those between are never served."""
+        """Begin with the newest registry, or again with one that was served in part; one at a time."""
         progress = self._progress
-        if progress.preparing is None and progress.newest.number > self.registry.number:
+        is_due = progress.retry_at_s is not None and self._ports.clock.monotonic_s() >= progress.retry_at_s
+        if progress.preparing is None and (progress.newest.number > self.registry.number or is_due):
             future = self._preparer.submit(self._ports.answerer.prepare, progress.newest)
             progress.preparing = (progress.newest, future)
 
@@ -188,20 +195,42 @@ class ServeService:
             return
         self._progress.preparing = None
         failed = future.result()()
+        is_retry = newest.number == self.registry.number
         self._progress.registry = newest
         self._ports.metrics.activated(newest)
         log.info(
-            "registry_activated", registry=newest.number, experts=len(newest.experts), failed=list(failed)
+            "registry_activated",
+            registry=newest.number,
+            experts=len(newest.experts),
+            failed=[failure.name for failure in failed],
         )
-        for name in failed:
-            self._announce(EventType.EXPERT_LOAD_FAILED, name, {"registry": newest.number})
+        self._follow_up(failed, is_retry=is_retry)
+
+    def _follow_up(self, failed: Sequence[LoadFailure], *, is_retry: bool) -> None:
+        """Tell of what could not be loaded, once a registry, and set the time at which it is tried again."""
+        progress = self._progress
+        for failure in failed:
+            if not (is_retry and failure.name in progress.missing):
+                self._tell_failure(failure)
+        progress.missing = frozenset(failure.name for failure in failed)
+        wait_s = min(2 * progress.retry_wait_s, LONGEST_RETRY_S) if is_retry else FIRST_RETRY_S
+        progress.retry_wait_s, progress.retry_at_s = wait_s, None
+        if any(failure.may_pass for failure in failed):
+            progress.retry_at_s = self._ports.clock.monotonic_s() + wait_s
+
+    def _tell_failure(self, failure: LoadFailure) -> None:
+        number = self.registry.number
+        log.warning("expert_load_failed", expert=failure.name, reason=failure.reason, registry=number)
+        data = {"registry": number, "reason": failure.reason}
+        self._announce(EventType.EXPERT_LOAD_FAILED, failure.name, data)
 
     def _announce(
         self, kind: EventType, entity: str | None = None, data: dict[str, object] | None = None
     ) -> None:
         worker = f"serve-{self._worker.boot}"
+        cause = f"{worker}:{self.registry.number}"
         event = lifecycle_event(
-            kind, entity or worker, worker, self._ports.clock.now_ms(), data or {"role": "serve"}
+            kind, entity or worker, cause, self._ports.clock.now_ms(), data or {"role": "serve"}
         )
         try:
             self._ports.sink.publish([self._ports.codec.encode_event(event)])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import Answer, Novelty, Request
-from dylora_stream.core.ports import Activation, Answerer
+from dylora_stream.core.ports import Activation, Answerer, LoadFailure
 
 __all__ = ["SharedAnswerer"]
 
@@ -21,7 +21,7 @@ class SharedAnswerer:
         """See the port; only the swap waits for the batch at hand."""
         activation = self._answerer.prepare(registry)
 
-        def activate() -> tuple[str, ...]:
+        def activate() -> tuple[LoadFailure, ...]:
             with self._lock:
                 return activation()
 

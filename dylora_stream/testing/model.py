@@ -12,7 +12,7 @@ from dylora_stream.core.messages import (
     Request,
     RoutingWeight,
 )
-from dylora_stream.core.ports import Activation
+from dylora_stream.core.ports import Activation, LoadFailure
 
 __all__ = ["UniformAnswerer"]
 
@@ -31,7 +31,7 @@ class UniformAnswerer:
     def prepare(self, registry: Registry) -> Activation:
         """See the port."""
 
-        def activate() -> tuple[str, ...]:
+        def activate() -> tuple[LoadFailure, ...]:
             self.registry = registry
             return ()
 

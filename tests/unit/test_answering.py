@@ -262,7 +262,9 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_serving(
     answerer.activate(world.registry(first, letters))
     (world.folder.parent / "store" / second.storage.path / "adapter_model.safetensors").write_bytes(b"broken")
     router = StoredFolder(path="00/" + "0" * 64, sha256="0" * 64)
-    assert answerer.activate(world.registry(second, letters, router=router)) == ("digits/2", "router")
+    failed = answerer.activate(world.registry(second, letters, router=router))
+    assert [(each.name, each.may_pass) for each in failed] == [("digits/2", True), ("router", True)]
+    assert "is not what its digest says" in failed[0].reason
     (answer,) = answerer.answer(ask(texts("digits", 1, 7)[0]))
     assert answer.expert is not None
     assert (answer.expert.expert, answer.expert.version) == ("digits", 1)
@@ -284,7 +286,8 @@ def test_versions_that_are_live_are_not_read_again(
     for experts in ((digits,), (digits, letters), (digits, letters), (letters, marks)):
         assert answerer.activate(world.registry(*experts)) == ()
     assert len(read) == 3
-    assert answerer.activate(world.registry(letters, marks, digits)) == ("digits/1",)
+    (failure,) = answerer.activate(world.registry(letters, marks, digits))
+    assert (failure.name, failure.may_pass, "pool.slots" in failure.reason) == ("digits/1", False, True)
     (answer,) = answerer.answer(ask(texts("marks", 1, 7)[0]))
     assert shares(answer) == {"marks": 1.0}
     answerer.close()

@@ -2,13 +2,17 @@
 
 import json
 import threading
+import time
+from collections.abc import Callable
 
+from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import OutboundMessage, Topic
-from dylora_stream.core.ports import Activation
+from dylora_stream.core.ports import Activation, LoadFailure
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
-from dylora_stream.serve.service import ServeConfig, ServePorts, ServeService, Worker
+from dylora_stream.serve.service import FIRST_RETRY_S, ServeConfig, ServePorts, ServeService, Worker
+from dylora_stream.stream.codec import decode_event
 from dylora_stream.stream.wire import WireCodec
 from dylora_stream.testing import ManualClock, UniformAnswerer
 from dylora_stream.testing.stream import MemoryBroker, MemoryChangelog, MemorySink, MemorySource
@@ -31,9 +35,26 @@ class PatientAnswerer(UniformAnswerer):
         return activation
 
 
-def service_of(broker: MemoryBroker, answerer: UniformAnswerer) -> ServeService:
+class HinderedAnswerer(UniformAnswerer):
+    """Cannot load these parts of any registry, until they are taken off its list."""
+
+    def __init__(self, *failures: LoadFailure) -> None:
+        super().__init__()
+        self.failures = list(failures)
+        self.attempts = 0
+
+    def prepare(self, registry: Registry) -> Activation:
+        """See the port."""
+        activation, failed = super().prepare(registry), tuple(self.failures)
+        self.attempts += 1
+        return lambda: (*activation(), *failed)
+
+
+def service_of(
+    broker: MemoryBroker, answerer: UniformAnswerer, clock: ManualClock | None = None
+) -> ServeService:
     """A serve loop on a broker."""
-    codec, clock = WireCodec(source="/test"), ManualClock()
+    codec, clock = WireCodec(source="/test"), clock or ManualClock()
     ports = ServePorts(
         source=MemorySource(broker, [Topic.REQUESTS]),
         sink=MemorySink(broker),
@@ -89,3 +110,68 @@ def test_registries_that_came_meanwhile_are_passed_over_for_the_newest() -> None
     while service.registry.number < 2:
         service.step()
     assert answerer.registry.number == 2
+
+
+UNREACHABLE = LoadFailure(name="sums/2", reason="the store is not reachable", may_pass=True)
+UNFIT = LoadFailure(name="dates/1", reason="made for another backbone", may_pass=False)
+
+
+def steps_until(service: ServeService, is_done: Callable[[], bool]) -> None:
+    """Rounds of the loop until another thread has done its part."""
+    end_s = time.monotonic() + DEADLINE_S
+    while not is_done():
+        assert time.monotonic() < end_s
+        service.step()
+
+
+def load_failures(broker: MemoryBroker) -> list[tuple[str, object]]:
+    """Entity and reason of each `expert.load_failed` on the broker."""
+    events = [decode_event(record) for record in broker.records(Topic.EVENTS)]
+    assert len({event.id for event in events}) == len(events)
+    return [
+        (event.entity, event.data["reason"]) for event in events if event.type == EventType.EXPERT_LOAD_FAILED
+    ]
+
+
+def test_what_could_not_be_loaded_is_told_with_its_reason_and_tried_again_until_it_is_there() -> None:
+    """A store that is away for a while costs that while, and not all the time until the next registry."""
+    broker, clock, answerer = MemoryBroker(), ManualClock(), HinderedAnswerer(UNREACHABLE, UNFIT)
+    service = service_of(broker, answerer, clock)
+    publish_registry(broker)
+    steps_until(service, lambda: service.registry.number == 0)
+    told = [(failure.name, failure.reason) for failure in (UNREACHABLE, UNFIT)]
+    assert load_failures(broker) == told
+
+    def tries_again_after(wait_s: float, attempts: int) -> None:
+        clock.advance(wait_s - 1)
+        service.step()
+        assert answerer.attempts == attempts - 1
+        clock.advance(1)
+        steps_until(service, lambda: answerer.attempts == attempts and service._progress.preparing is None)
+
+    tries_again_after(FIRST_RETRY_S, 2)
+    tries_again_after(2 * FIRST_RETRY_S, 3)
+    assert load_failures(broker) == told
+    answerer.failures = [UNFIT]
+    clock.advance(4 * FIRST_RETRY_S)
+    steps_until(service, lambda: service._progress.retry_at_s is None)
+    clock.advance(1000)
+    service.step()
+    assert answerer.attempts == 4
+
+
+def test_a_registry_that_no_longer_names_a_version_ends_its_retries() -> None:
+    """What is tried again is always the newest registry; its own failures are told anew."""
+    broker, clock, answerer = MemoryBroker(), ManualClock(), HinderedAnswerer(UNREACHABLE)
+    service = service_of(broker, answerer, clock)
+    publish_registry(broker)
+    steps_until(service, lambda: service.registry.number == 0)
+    publish_registry(broker)
+    steps_until(service, lambda: service.registry.number == 1)
+    assert load_failures(broker) == [(UNREACHABLE.name, UNREACHABLE.reason)] * 2
+    answerer.failures = []
+    publish_registry(broker)
+    steps_until(service, lambda: service.registry.number == 2)
+    clock.advance(1000)
+    service.step()
+    assert answerer.attempts == 3
