@@ -27,6 +27,7 @@ EVENTS = {
     "event_dropped": "a worker's own event could not be published; nothing depends on it",
     "expert_load_failed": "part of a registry cannot be served; its old version, if any, stays",
     "group_moved_on": "the group was reassigned while records were polled; they are left to their new owner",
+    "http_failed": "a request to the operator's port met an error that nobody expected; it was answered with it",
     "http_listening": "the operator's port is open at this address",
     "lag_unknown": "the lag could not be read just now; the metric is NaN until it can",
     "library_line": "a line of a library's logger; `logger` names it, `message` is its text",

@@ -21,10 +21,15 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import structlog
+from pydantic_core import from_json
+
 from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, SettingsError
 from dylora_stream.core.messages import DEFAULT_TENANT, Novelty
 
 __all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes"]
+
+log = structlog.get_logger(__name__)
 
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 SERVER_NAME = "dylora-stream"  # what the doctor recognises a running daemon by
@@ -138,6 +143,31 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Metrics and health."""
+        self._answer(self._shown)
+
+    def do_POST(self) -> None:
+        """The novelty of one input; an expert's end."""
+        self._answer(self._done)
+
+    def _answer(self, exchange: Callable[[], None]) -> None:
+        """Every exchange ends with an answer, but for a client that is gone."""
+        try:
+            exchange()
+        except ExpertUnknown as error:
+            self._refuse(HTTPStatus.NOT_FOUND, str(error))
+        except _Refused as refused:
+            self._refuse(refused.status, str(refused))
+        except BadRecord as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except DyloraError as error:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever asks is told, whatever it is
+            log.warning("http_failed", path=self.path, kind=type(error).__name__)
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"unexpected {type(error).__name__}: {error}")
+
+    def _shown(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
             self._send(HTTPStatus.OK, self.routes.metrics(), METRICS_TYPE)
@@ -154,24 +184,14 @@ class _Exchange(BaseHTTPRequestHandler):
                 "there is GET /metrics, /healthz, /readyz, /stats and POST /novelty, /experts/retire",
             )
 
-    def do_POST(self) -> None:
-        """The novelty of one input; an expert's end."""
+    def _done(self) -> None:
         path = self.path.partition("?")[0]
-        try:
-            if path == "/novelty":
-                self._send_json(HTTPStatus.OK, asdict(self._scored()))
-            elif path == "/experts/retire":
-                self._send_json(HTTPStatus.ACCEPTED, {"retiring": self._retired()})
-            else:
-                self._refuse(HTTPStatus.NOT_FOUND, "there is POST /novelty and /experts/retire")
-        except ExpertUnknown as error:
-            self._refuse(HTTPStatus.NOT_FOUND, str(error))
-        except _Refused as refused:
-            self._refuse(refused.status, str(refused))
-        except BadRecord as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except DyloraError as error:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        if path == "/novelty":
+            self._send_json(HTTPStatus.OK, asdict(self._scored()))
+        elif path == "/experts/retire":
+            self._send_json(HTTPStatus.ACCEPTED, {"retiring": self._retired()})
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is POST /novelty and /experts/retire")
 
     def _scored(self) -> Novelty:
         text, tenant = _question(self._body())
@@ -236,7 +256,7 @@ def _finite(value: Any) -> Any:
 def _document(body: bytes, form: str) -> dict[str, Any]:
     """The JSON object of a POST."""
     try:
-        document = json.loads(body)
+        document = from_json(body)  # as strict as the stream: half of a surrogate pair is no text
     except ValueError as error:
         raise _Refused(HTTPStatus.BAD_REQUEST, f"not JSON ({error}); send {form} as UTF-8 JSON") from error
     if not isinstance(document, dict):

@@ -104,7 +104,7 @@ class Pipeline:
             if not isinstance(error, BadRecord):
                 raise
             failure = error
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # noqa: BLE001 - `_blame` tells what is the record's fault from what is not
             failure = BadRecord(UNANSWERABLE, f"the model failed on this record: {error}", stage="answer")
         if len(requests) == 1:
             self._blame(failure, requests[0])
@@ -124,7 +124,7 @@ class Pipeline:
             self._answerer.answer(
                 [Request(position=request.position, input=PLAIN_INPUT, tenant=request.tenant)]
             )
-        except (DyloraError, RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise ModelError(
                 f"the model fails on every record, a plain one too ({error}): check the device and its memory, "
                 "then start again; no record was lost"

@@ -3,7 +3,7 @@
 import http.client
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import probe_port
 from dylora_stream.ops.http import Health, HttpConfig, HttpPort, HttpRoutes, Score
 
+BUSY = "dictionary changed size during iteration"
 READY = Health(is_alive=True, is_ready=True, details={"registry": 3})
 
 
@@ -26,7 +27,19 @@ def novelty_of(text: str, tenant: str) -> Novelty:
         return Novelty(score=float("inf"), p_value=0.0, entropy=0.5, nearest=None, is_novel=True)
     if text == "worse":
         raise StoreError("the index is gone")
+    if text == "odd":
+        raise TypeError("no such kind of text")
     return Novelty(score=float(len(text)), p_value=None, entropy=0.5, nearest=tenant, is_novel=len(text) > 5)
+
+
+def rows() -> Mapping[str, Any]:
+    """What a role holds."""
+    return {"rows": {"waiting": 2}}
+
+
+def busy() -> Mapping[str, Any]:
+    """A role that is just changing what it holds."""
+    raise RuntimeError(BUSY)
 
 
 @contextmanager
@@ -34,6 +47,7 @@ def port(
     health: Health = READY,
     score: Score | None = novelty_of,
     retire: Callable[[str], None] | None = None,
+    stats: Callable[[], Mapping[str, Any]] = rows,
     **config: Any,
 ) -> Iterator[HttpPort]:
     """A port on a free number, closed afterwards."""
@@ -42,7 +56,7 @@ def port(
         metrics=lambda: b"dylora_x 1\n",
         score=score,
         retire=retire,
-        stats=lambda: {"rows": {"waiting": 2}},
+        stats=stats,
     )
     opened = HttpPort(HttpConfig(port=0, **config), routes)
     try:
@@ -103,6 +117,13 @@ def test_stats_are_shown() -> None:
         assert ask(f"{opened.address}/stats") == {"rows": {"waiting": 2}}
 
 
+def test_an_error_that_nobody_expected_is_answered_too() -> None:
+    """A client that hears nothing does not know whether to ask again."""
+    with port(stats=busy) as opened:
+        found, answer = call(opened, "GET", "/stats")
+        assert (found, answer["error"]) == (500, f"unexpected RuntimeError: {BUSY}")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
@@ -115,6 +136,9 @@ def test_stats_are_shown() -> None:
         (b'{"input": "x", "inptu": 3}', 400, "inptu"),
         (b'{"input": "bad"}', 400, "too long"),
         (b'{"input": "worse"}', 503, "index is gone"),
+        (b'{"input": "odd"}', 500, "no such kind of text"),
+        (b'{"input": "\\ud800"}', 400, "not JSON"),
+        (b'{"input": ' + b"[" * 80, 400, "not JSON"),
         (b'{"input": "' + b"x" * 200 + b'"}', 413, "100 bytes"),
     ],
 )

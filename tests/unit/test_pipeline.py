@@ -91,7 +91,7 @@ def test_a_record_that_the_codec_chokes_on_is_buried_and_the_rest_goes_on() -> N
 
 
 @pytest.mark.parametrize(
-    "error", [BadRecord("too_long", "too long", stage="answer"), RuntimeError("shape"), IndexError("range")]
+    "error", [BadRecord("too_long", "too long", stage="answer"), RuntimeError("shape"), TypeError("text")]
 )
 def test_a_record_that_the_model_chokes_on_is_found_by_halving(error: Exception) -> None:
     """One culprit in eight is dead-lettered alone, whatever the model raised."""
