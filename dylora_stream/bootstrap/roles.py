@@ -249,9 +249,7 @@ def _transactional_ids(settings: Settings, identity: Identity) -> TransactionalI
 def _open_port(settings: Settings, routes: HttpRoutes, closing: ExitStack, role: str) -> None:
     if not settings.http.is_enabled:
         return
-    port = settings.http.port
-    config = replace(settings.http, port=port + 1 if port and role == "learn" else port)
-    http = HttpPort(config, routes)
+    http = HttpPort(settings.http, routes, is_next=role == "learn")
     closing.callback(http.close)
     log.info("http_listening", address=http.address)
     (settings.store.folder / f"{role}.http").write_text(http.address)

@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from dylora_stream.core.errors import DyloraError
-from dylora_stream.ops.http import SERVER_NAME, HttpConfig
+from dylora_stream.ops.http import SERVER_NAME, HttpConfig, family_of, port_refusal, url_of
 
 __all__ = ["Check", "Probe", "examine", "machine_probes"]
 
@@ -91,17 +91,14 @@ def probe_port(http: HttpConfig) -> str:
     """The operator's port is free, or already ours."""
     if not http.is_enabled or http.port == 0:
         return "off" if not http.is_enabled else "any free one"
-    with socket.socket(socket.AF_INET6 if ":" in http.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family_of(http.host)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((http.host, http.port))
-        except OSError as error:
-            if _is_ours(f"http://{http.host}:{http.port}/healthz"):
-                return f"{http.host}:{http.port} is ours: a daemon is running"
-            raise DyloraError(
-                f"{http.host}:{http.port} cannot be used ({error.strerror}): another program has it. "
-                "Set another http.port, or 0 for any free one"
-            ) from error
+    except OSError as error:
+        if _is_ours(f"{url_of(http.host, http.port)}/healthz"):
+            return f"{http.host}:{http.port} is ours: a daemon is running"
+        raise DyloraError(port_refusal(http.host, http.port, error)) from error
     return f"{http.host}:{http.port} is free"
 
 

@@ -12,8 +12,10 @@ are called from its threads: whoever gives a `score` that is not thread-safe wra
 listens on loopback unless told otherwise.
 """
 
+import errno
 import json
 import math
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,12 +29,13 @@ from pydantic_core import from_json
 from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, SettingsError
 from dylora_stream.core.messages import DEFAULT_TENANT, Novelty
 
-__all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes"]
+__all__ = ["Health", "HttpConfig", "HttpPort", "HttpRoutes", "family_of", "port_refusal", "url_of"]
 
 log = structlog.get_logger(__name__)
 
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 SERVER_NAME = "dylora-stream"  # what the doctor recognises a running daemon by
+LAST_PORT = 65_534  # there is one more, for learn
 REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing for so long is let go
 
 
@@ -44,7 +47,8 @@ class HttpConfig:
     """Whether there is a port at all."""
 
     host: str = "127.0.0.1"
-    """Loopback, because there is no authentication; 0.0.0.0 for a container whose network protects it."""
+    """Loopback, because there is no authentication; 0.0.0.0 for a container whose network protects it. A name, or an
+    IPv4 or IPv6 address."""
 
     port: int = 9464
     """0: any free one, told in the log. serve takes this port, learn on the same machine the next one."""
@@ -55,8 +59,12 @@ class HttpConfig:
     def __post_init__(self) -> None:
         if not self.host.strip():
             raise ValueError("host is empty: use 127.0.0.1, or 0.0.0.0 for every interface")
-        if not 0 <= self.port <= 65_535:
-            raise ValueError(f"port is {self.port}: use 1 to 65535, or 0 for any free one")
+        if self.host.startswith("["):
+            raise ValueError(f"host is {self.host}: write an IPv6 address without brackets")
+        if not 0 <= self.port <= LAST_PORT:
+            raise ValueError(
+                f"port is {self.port}: use 1 to {LAST_PORT}, because learn takes the next one, or 0 for any free one"
+            )
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes is {self.max_body_bytes}: it must be at least 1")
 
@@ -85,18 +93,39 @@ class HttpRoutes:
     stats: Callable[[], Mapping[str, Any]] = dict
 
 
-class HttpPort:
-    """Starts listening when constructed; `close` ends its thread. May be closed twice."""
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv6 where the host is an address of it; names are looked up for IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
-    def __init__(self, config: HttpConfig, routes: HttpRoutes) -> None:
+
+def url_of(host: str, port: int) -> str:
+    """`http://host:port`, an IPv6 address in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def port_refusal(host: str, port: int, error: OSError) -> str:
+    """Why a port cannot be listened on, and which setting to change."""
+    what = f"http.port {port} on http.host {host} cannot be used ({error.strerror or error})"
+    if error.errno == errno.EADDRINUSE:
+        return f"{what}: another program has it. Set another http.port, or 0 for any free one"
+    return (
+        f"{what}: set http.host to an address of this machine, and http.port to one that this user may take"
+    )
+
+
+class HttpPort:
+    """Starts listening when constructed; `close` ends its thread. May be closed twice.
+
+    `is_next`: one after `http.port`, for the second role of a machine. Raises SettingsError where that cannot be had.
+    """
+
+    def __init__(self, config: HttpConfig, routes: HttpRoutes, *, is_next: bool = False) -> None:
         handler = type("Handler", (_Exchange,), {"routes": routes, "max_body_bytes": config.max_body_bytes})
+        port = config.port + 1 if is_next and config.port else config.port
         try:
-            self._server = _Server((config.host, config.port), handler)
+            self._server = _Server((config.host, port), handler)
         except OSError as error:
-            raise SettingsError(
-                f"http.port {config.port} on {config.host} cannot be used ({error.strerror or error}): another "
-                "process has it. Set another http.port, or 0 for any free one"
-            ) from error
+            raise SettingsError(port_refusal(config.host, port, error)) from error
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
         )
@@ -106,7 +135,7 @@ class HttpPort:
     def address(self) -> str:
         """`http://host:port`, with the port that was taken."""
         host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return url_of(str(host), port)
 
     def close(self) -> None:
         """Stop listening; requests in flight are finished."""
@@ -119,6 +148,10 @@ class HttpPort:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = family_of(address[0])
+        super().__init__(address, handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""

@@ -14,6 +14,7 @@ from dylora_stream.core.messages import Novelty
 from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import probe_port
 from dylora_stream.ops.http import Health, HttpConfig, HttpPort, HttpRoutes, Score
+from dylora_stream.stream.broker import free_port
 
 BUSY = "dictionary changed size during iteration"
 READY = Health(is_alive=True, is_ready=True, details={"registry": 3})
@@ -40,6 +41,15 @@ def rows() -> Mapping[str, Any]:
 def busy() -> Mapping[str, Any]:
     """A role that is just changing what it holds."""
     raise RuntimeError(BUSY)
+
+
+def has_ipv6() -> bool:
+    """Whether loopback has an IPv6 address."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -213,6 +223,33 @@ def test_a_port_in_use_says_so() -> None:
         with pytest.raises(SettingsError, match=f"http.port {number}"):
             HttpPort(HttpConfig(port=number), HttpRoutes(health=lambda: READY, metrics=bytes))
         assert "ours" in probe_port(HttpConfig(port=number))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on loopback")
+def test_an_ipv6_address_is_served() -> None:
+    """Its address has brackets, in the log and for whoever asks; the doctor recognises it."""
+    with port(host="::1") as opened:
+        assert opened.address.startswith("http://[::1]:")
+        assert ask(f"{opened.address}/stats") == {"rows": {"waiting": 2}}
+        number = int(opened.address.rpartition(":")[2])
+        assert "ours" in probe_port(HttpConfig(host="::1", port=number))
+
+
+def test_a_host_that_is_not_this_machine_is_said_so() -> None:
+    """And not that another program has the port."""
+    config = HttpConfig(host="192.0.2.1", port=0)
+    with pytest.raises(SettingsError, match=r"set http\.host to an address of this machine"):
+        HttpPort(config, HttpRoutes(health=lambda: READY, metrics=bytes))
+
+
+def test_the_second_role_takes_the_next_port() -> None:
+    """Up to the last one there is; any free one stays any free one."""
+    number = free_port(2)
+    routes = HttpRoutes(health=lambda: READY, metrics=bytes)
+    for config, expected in ((HttpConfig(port=number), number + 1), (HttpConfig(port=65_534), 65_535)):
+        opened = HttpPort(config, routes, is_next=True)
+        opened.close()
+        assert opened.address.endswith(f":{expected}")
 
 
 def test_a_closed_port_is_free_again() -> None:
