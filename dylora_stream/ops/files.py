@@ -14,6 +14,7 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -39,6 +40,7 @@ JSON_HEADERS: Headers = (("content-type", b"application/json"),)
 TEXT_HEADERS: Headers = (("content-type", b"text/plain"),)
 RECORD_FIELDS = frozenset({"value", "value_base64"})
 BATCH_ROWS = 1024  # of a Parquet file at once
+LAST_MS = 2**63 - 1  # Kafka's times have 64 bits
 
 
 class FileFormat(StrEnum):
@@ -98,7 +100,7 @@ def record_row(record: RawRecord) -> str:
     """A record as a line of JSON that `read_records` gives back byte for byte; its position is for people."""
     row = {
         "position": str(record.position),
-        "timestamp_ms": record.timestamp_ms,
+        **({"timestamp_ms": record.timestamp_ms} if record.timestamp_ms >= 0 else {}),
         "key": _written(record.key),
         "headers": [[name, _written(value)] for name, value in record.headers],
         "value": _written(record.value),
@@ -107,12 +109,16 @@ def record_row(record: RawRecord) -> str:
 
 
 def count_rows(path: Path, options: ReadOptions) -> int:
-    """How many records the file is about to give, for a progress bar: lines are counted, not read."""
+    """How many records the file is about to give, for a progress bar: lines are counted, not read.
+
+    Raises DyloraError for a Parquet file that is none.
+    """
     file_format = _format(path, options)
     if file_format is FileFormat.PARQUET:
         import pyarrow.parquet as pq
 
-        rows = int(pq.read_metadata(path).num_rows)
+        with _parquet_errors(path):
+            rows = int(pq.read_metadata(path).num_rows)
     else:
         with path.open("rb") as file:
             rows = sum(bool(line.strip()) for line in file) - (file_format is FileFormat.CSV)
@@ -181,7 +187,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DyloraError(
                     f"{path}:{number} is not JSON ({error}); --format lines sends it as text"
                 ) from error
@@ -210,24 +216,34 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        number = 0
+        for batch in file.iter_batches(BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", {name: cell for name, cell in row.items() if cell is not None}
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield (
-                        f"{path}: row {number}",
-                        {name: cell for name, cell in row.items() if cell is not None},
-                    )
-    except pa.ArrowInvalid as error:
+        yield
+    except (pa.ArrowException, OSError) as error:
         raise DyloraError(f"{path} cannot be read as parquet: {error}") from error
 
 
 def _record(row: Mapping[str, Any], place: str, key_field: str | None) -> FileRecord:
+    try:
+        return _encoded(row, place, key_field)
+    except UnicodeEncodeError as error:
+        raise DyloraError(f"{place} holds what is no text: {error}") from error
+
+
+def _encoded(row: Mapping[str, Any], place: str, key_field: str | None) -> FileRecord:
     if row.keys() & RECORD_FIELDS:
         record = _as_recorded(row, place)
     elif "input" in row:
@@ -238,18 +254,22 @@ def _record(row: Mapping[str, Any], place: str, key_field: str | None) -> FileRe
         raise DyloraError(
             f"{place} has neither `input` nor `value`; its fields are {', '.join(map(str, row))}"
         )
-    if key_field is None:
-        return record
-    if key_field not in row:
-        raise DyloraError(f"{place} has no field {key_field!r} to take the key from")
-    return replace(record, key=str(row[key_field]).encode())
+    if key_field is not None:
+        if key_field not in row:
+            raise DyloraError(f"{place} has no field {key_field!r} to take the key from")
+        record = replace(record, key=str(row[key_field]).encode())
+    if record.key is None and record.value is None:
+        raise DyloraError(
+            f"{place} has neither key nor value, and cannot be sent: give it a key, or an empty value"
+        )
+    return record
 
 
 def _as_recorded(row: Mapping[str, Any], place: str) -> FileRecord:
     try:
         given = row.get("headers") or {}
         headers = tuple(
-            (str(name), _bytes(value) or b"")
+            (_sendable(str(name)), _bytes(value) or b"")
             for name, value in (given.items() if isinstance(given, Mapping) else given)
         )
         value = (
@@ -257,9 +277,9 @@ def _as_recorded(row: Mapping[str, Any], place: str) -> FileRecord:
             if "value_base64" in row
             else _bytes(row["value"])
         )
-        time_ms = int(row["timestamp_ms"]) if "timestamp_ms" in row else None
+        time_ms = _time_ms(row["timestamp_ms"]) if "timestamp_ms" in row else None
         return FileRecord(value=value, key=_bytes(row.get("key")), headers=headers, timestamp_ms=time_ms)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DyloraError(
             f"{place} is not a record of key, value, headers and timestamp_ms: {error}"
         ) from error
@@ -273,6 +293,19 @@ def _written(value: bytes | None) -> str | dict[str, str] | None:
         return value.decode()
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(value).decode()}
+
+
+def _time_ms(value: Any) -> int:
+    time_ms = int(value)
+    if not 0 <= time_ms <= LAST_MS:
+        raise ValueError(f"timestamp_ms is {time_ms}")
+    return time_ms
+
+
+def _sendable(text: str) -> str:
+    """The text, if it can be sent. Raises UnicodeEncodeError."""
+    text.encode()
+    return text
 
 
 def _bytes(value: Any) -> bytes | None:

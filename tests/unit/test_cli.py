@@ -112,6 +112,14 @@ def test_wrong_arguments_end_with_code_2(arguments: tuple[str, ...], said: str, 
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_that_cannot_be_read_ends_with_code_1(tmp_path: Path) -> None:
+    """Before anything is sent, in one line."""
+    (tmp_path / "rows.parquet").write_text("none")
+    done = run("produce", "rows.parquet", folder=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith("error: rows.parquet cannot be read as parquet")
+
+
 def test_an_unreachable_broker_ends_with_code_3(tmp_path: Path) -> None:
     """After the time that is configured, with what to do."""
     flags = ("--bootstrap", "127.0.0.1:1", "--set", "kafka.connect_timeout_s=0")

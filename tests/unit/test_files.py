@@ -70,12 +70,12 @@ def test_recorded_records_keep_their_bytes(tmp_path: Path) -> None:
     path = tmp_path / "recorded.jsonl"
     rows = [
         {"value_base64": "/w==", "key": "k", "headers": [["h", "1"], ["h", "2"]], "timestamp_ms": 1000},
-        {"value": None, "key": None, "headers": {"h": "1"}},
+        {"value": None, "key": "k", "headers": {"h": "1"}},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(path) == [
         FileRecord(value=b"\xff", key=b"k", headers=(("h", b"1"), ("h", b"2")), timestamp_ms=1000),
-        FileRecord(value=None, key=None, headers=(("h", b"1"),)),
+        FileRecord(value=None, key=b"k", headers=(("h", b"1"),)),
     ]
 
 
@@ -103,6 +103,14 @@ def test_order_key_and_limit_are_the_callers(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", r"a\.jsonl:1 is not a JSON object"),
         ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl:1 has neither `input` nor `value`; its fields are text"),
         ("a.jsonl", '{"value_base64": "*"}\n', "is not a record"),
+        ("a.jsonl", '{"input": "\\ud800"}\n', r"a\.jsonl:1 holds what is no text"),
+        ("a.jsonl", '{"value": "\\ud800"}\n', "is not a record"),
+        ("a.jsonl", '{"value": "x", "headers": {"\\ud800": "1"}}\n', "is not a record"),
+        ("a.jsonl", '{"value": "x", "timestamp_ms": -1}\n', "timestamp_ms is -1"),
+        ("a.jsonl", '{"value": "x", "timestamp_ms": Infinity}\n', "is not a record"),
+        ("a.jsonl", '{"value": null}\n', r"a\.jsonl:1 has neither key nor value"),
+        ("a.jsonl", '{"input": ' + "[" * 100_000 + "\n", r"a\.jsonl:1 is not JSON"),
+        ("a.csv", 'input,choices\nx,"[""\\ud800""]"\n', r"a\.csv:2 holds what is no text"),
         ("a.csv", "input,choices\nx,yes|no\n", r"a\.csv:2: `choices` must be JSON"),
         ("a.parquet", "no", "cannot be read as parquet"),
     ],
