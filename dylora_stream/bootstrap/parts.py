@@ -18,8 +18,10 @@ from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
 from dylora_stream.store.identity import folder_id
 from dylora_stream.stream.broker import is_embedded
+from dylora_stream.stream.codec import RecordLimits
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.topics import ensure_topics
+from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:
     from dylora_stream.model.answering import MixtureAnswerer
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SystemClock", "broker_folder", "check_method", "create_topics", "expert_store", "faiss_index", "fetch_model",
     "instance_of", "kafka_of", "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts",
-    "statistics_loader",
+    "statistics_loader", "wire_codec",
 ]  # fmt: skip
 
 EMBEDDED_INSTANCE = "0"
@@ -171,6 +173,12 @@ def kafka_of(settings: Settings, instance: str, group: str | None = None) -> Kaf
 
 def _uses_embedded(settings: Settings) -> bool:
     return is_embedded(settings.kafka.bootstrap_servers, broker_folder(settings))
+
+
+def wire_codec(settings: Settings, name: str) -> WireCodec:
+    """The codec of the worker of this name, with the limits that are configured."""
+    limits = RecordLimits(max_choices=settings.generation.max_choices)
+    return WireCodec(source=f"/dylora/{name}", limits=limits)
 
 
 def create_topics(settings: Settings) -> list[Topic]:

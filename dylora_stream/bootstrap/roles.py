@@ -28,6 +28,7 @@ from dylora_stream.bootstrap.parts import (
     open_ledger,
     router_parts,
     statistics_loader,
+    wire_codec,
 )
 from dylora_stream.core.messages import Topic
 from dylora_stream.logs import configure_logs
@@ -41,7 +42,6 @@ from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
 from dylora_stream.stream.sink import FixedId, KafkaSink, TransactionalIds
 from dylora_stream.stream.source import KafkaSource
-from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:
     from dylora_stream.learn.jobs import ChildProcess
@@ -66,7 +66,7 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
         backbone = load_backbone(settings)
         answerer = SharedAnswerer(mixture_answerer(settings, backbone))
         clock, metrics = SystemClock(), Metrics(SystemClock())
-        codec = WireCodec(source=f"/dylora/{identity.name}")
+        codec = wire_codec(settings, identity.name)
         ports = ServePorts(
             source=_closing(closing, KafkaSource(kafka, [Topic.REQUESTS], witness=Topic.RESULTS)),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
@@ -99,7 +99,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         ledger = _closing(closing, open_ledger(settings))
         store = expert_store(settings)
         clock, metrics = SystemClock(), Metrics(SystemClock())
-        codec = WireCodec(source=f"/dylora/{identity.name}")
+        codec = wire_codec(settings, identity.name)
         knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
         rules = CuratorConfig(
             lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots

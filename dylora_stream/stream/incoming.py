@@ -188,7 +188,7 @@ def _checked_choices(choices: list[str] | None, output: str | None, limits: Reco
         raise BadRecord("invalid_choices", "`choices` is empty or holds a blank one")
     if len(choices) > limits.max_choices:
         raise BadRecord(
-            "too_many_choices", f"{len(choices)} choices; at most {limits.max_choices} are ranked"
+            "too_many_choices", f"{len(choices)} choices; generation.max_choices is {limits.max_choices}"
         )
     if len(set(choices)) < len(choices):
         raise BadRecord("invalid_choices", "`choices` holds one twice")

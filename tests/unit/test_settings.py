@@ -1,12 +1,14 @@
 """Settings: four sources, one winner each, and no misspelt name survives."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from dylora_stream.bootstrap.parts import check_method
-from dylora_stream.core.errors import SettingsError
+from dylora_stream.bootstrap.parts import check_method, wire_codec
+from dylora_stream.core.errors import BadRecord, SettingsError
+from dylora_stream.core.messages import Position, RawRecord
 from dylora_stream.settings import Settings, is_secret, load_settings, setting_names
 
 
@@ -105,6 +107,20 @@ def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(SettingsError, match=said):
         load_settings(file)
+
+
+def test_as_many_choices_are_taken_as_the_setting_says() -> None:
+    """Fewer than by default, or more."""
+    for most in (2, 200):
+        codec = wire_codec(load_settings(flags=[f"generation.max_choices={most}"]), "serve-0")
+
+        def asking(count: int) -> RawRecord:
+            value = json.dumps({"input": "which?", "choices": [str(number) for number in range(count)]})
+            return RawRecord(position=Position("requests", 0, 0), value=value.encode())
+
+        assert len(codec.decode_request(asking(most)).choices) == most
+        with pytest.raises(BadRecord, match=rf"generation\.max_choices is {most}"):
+            codec.decode_request(asking(most + 1))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
