@@ -24,6 +24,7 @@ EVENTS = {
     "broker_unreachable": "no bootstrap server answers; it is tried again until kafka.connect_timeout_s is over",
     "child_started": "learn has a new training child",
     "dead_lettered": "records of a batch could not be answered and went to the dead letters",
+    "drain_overdue": "a role did not end within serve.drain_deadline_s and ends at once; what it had is taken again",
     "event_dropped": "a worker's own event could not be published; nothing depends on it",
     "expert_load_failed": "part of a registry cannot be served; its old version, if any, stays",
     "group_moved_on": "the group was reassigned while records were polled; they are left to their new owner",

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -51,6 +52,7 @@ __all__ = ["child", "learn", "serve", "supervise"]
 
 log = structlog.get_logger(__name__)
 
+INTERRUPTED, TERMINATED = 130, 143  # exit codes of a second signal, and of a drain that took too long
 STALLED_S = 600.0  # a loop that has not polled for this long is not alive
 
 
@@ -85,7 +87,7 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
             score=lambda text, tenant: answerer.score([text], tenant)[0],
         )
         _open_port(settings, routes, closing, "serve")
-        _until_signalled(service, is_supervised=is_supervised)
+        _until_signalled(service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
 
 
 def learn(settings: Settings, *, is_supervised: bool = False) -> None:
@@ -133,7 +135,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         )
         metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
-        _until_signalled(service, is_supervised=is_supervised)
+        _until_signalled(service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
 
 
 def _child_process(settings: Settings) -> "ChildProcess":
@@ -203,27 +205,41 @@ class _Service(Protocol):
     def drain(self) -> None: ...
 
 
-def _until_signalled(service: _Service, *, is_supervised: bool) -> None:
-    """Run; the first signal drains, the second ends at once; so does a supervisor's pipe that closes, by draining."""
+def _until_signalled(service: _Service, drain_deadline_s: float, *, is_supervised: bool) -> None:
+    """Run; the first signal drains, the second ends at once; so does a supervisor's pipe that closes, by draining.
+
+    A drain that takes longer than its deadline ends as if killed: what was not committed is taken again.
+    """
     signals = 0
+
+    def drain() -> None:
+        service.drain()
+        overdue = threading.Timer(drain_deadline_s, _end_overdue, [drain_deadline_s])
+        overdue.daemon = True
+        overdue.start()
 
     def on_signal(_number: int, _frame: object) -> None:
         nonlocal signals
         signals += 1
         if signals > 1:
-            os._exit(130)
-        service.drain()
+            os._exit(INTERRUPTED)
+        drain()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if is_supervised:
-        threading.Thread(target=_drain_at_end, args=(service,), daemon=True, name="pipe").start()
+        threading.Thread(target=_drain_at_end, args=(drain,), daemon=True, name="pipe").start()
     service.run()
 
 
-def _drain_at_end(service: _Service) -> None:
+def _drain_at_end(drain: Callable[[], None]) -> None:
     sys.stdin.buffer.read()  # until the supervisor's end of the pipe closes
-    service.drain()
+    drain()
+
+
+def _end_overdue(drain_deadline_s: float) -> None:
+    log.warning("drain_overdue", deadline_s=drain_deadline_s)
+    os._exit(TERMINATED)
 
 
 def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConfig, Identity]:

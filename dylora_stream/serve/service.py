@@ -40,12 +40,16 @@ class ServeConfig:
     batch_records: int = 64  # most records of one transaction: latency against throughput
     poll_timeout_s: float = 0.25  # how long an idle poll blocks
     registry_timeout_s: float = 30.0  # how long the start waits for the registry's topic
-    drain_deadline_s: float = 30.0  # after SIGTERM the current batch may take this long
+    drain_deadline_s: float = (
+        30.0  # after SIGTERM a role may take this long to end, learn as well; then it is killed
+    )
     sample_share: float = 0.02  # of plain records kept for learning; 0 to 1
 
     def __post_init__(self) -> None:
         if self.batch_records < 1:
             raise ValueError(f"batch_records must be at least 1, not {self.batch_records}")
+        if self.drain_deadline_s < 0:
+            raise ValueError(f"drain_deadline_s must be at least 0, not {self.drain_deadline_s}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must lie between 0 and 1, not {self.sample_share}")
 

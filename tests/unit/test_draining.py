@@ -1,0 +1,71 @@
+"""How a role ends, as a real process: by itself when it is told to, and at its deadline when it does not."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+PROGRAM = """
+import sys, time
+from dylora_stream.bootstrap.roles import _until_signalled
+
+class Service:
+    is_draining = False
+
+    def run(self):
+        print("running", flush=True)
+        while not ({is_obedient} and self.is_draining):
+            time.sleep(0.01)
+
+    def drain(self):
+        self.is_draining = True
+
+_until_signalled(Service(), {deadline_s}, is_supervised={is_supervised})
+"""
+
+
+@contextmanager
+def role(
+    *, is_obedient: bool, deadline_s: float, is_supervised: bool = False
+) -> Iterator["subprocess.Popen[str]"]:
+    """A process that runs a service as a role does."""
+    program = PROGRAM.format(is_obedient=is_obedient, deadline_s=deadline_s, is_supervised=is_supervised)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("is_supervised", [False, True])
+@pytest.mark.parametrize(("is_obedient", "deadline_s", "code"), [(True, 60.0, 0), (False, 0.1, 143)])
+def test_a_drain_ends_by_itself_or_at_its_deadline(
+    is_obedient: bool, deadline_s: float, code: int, is_supervised: bool
+) -> None:
+    """Whether a signal asked for it, or a supervisor's pipe that closed."""
+    with role(is_obedient=is_obedient, deadline_s=deadline_s, is_supervised=is_supervised) as process:
+        if is_supervised:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.stdin = None
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == code
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """Without waiting for the deadline."""
+    with role(is_obedient=False, deadline_s=60.0) as process:
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
