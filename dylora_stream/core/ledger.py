@@ -195,11 +195,12 @@ class Ledger(Protocol):
     def positions(self) -> dict[Partition, int]:
         """The next offset to take, a partition."""
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
-        """Messages not yet known to be published, with their sequence numbers, in order."""
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
+        """Messages not yet known to be published, in order, each with a mark that no message of any ledger shares."""
 
-    def published(self, sequence: int) -> None:
-        """Messages up to this sequence number are on the broker; forget them."""
+    def published(self, mark: str) -> None:
+        """The message of this mark and those before it are on the broker; forget them. A mark that none of them has is
+        another ledger's, or one of long ago, and says nothing."""
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """The row that a late answer is for, by its position or by request id and tenant."""

@@ -32,7 +32,8 @@ Partition = tuple[str, int]  # topic, partition
 class Checkpoint:
     """How far a batch reaches: next offset a partition, the group metadata taken before the poll, and a note.
 
-    `group` is opaque to all but the stream room. `note` is stored beside the offsets (learn's outbox sequence).
+    `group` is opaque to all but the stream room. `note` is stored beside the offsets (learn's: the mark of the last
+    message of its outbox).
     """
 
     offsets: Mapping[Partition, int]
@@ -66,8 +67,8 @@ class Source(Protocol):
     def lag_records(self) -> int:
         """End offset minus position, summed over the assigned partitions; may block for a round trip."""
 
-    def committed_note(self) -> str:
-        """The largest note stored beside the group's committed offsets, as an integer text; empty without one."""
+    def committed_notes(self) -> frozenset[str]:
+        """The notes stored beside the group's committed offsets, whoever of the group wrote them; none is empty."""
 
     def close(self) -> None:
         """Leave the group. May be called twice."""

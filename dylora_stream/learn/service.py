@@ -6,10 +6,11 @@ The order of a step:
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
     3  experts that an operator retires, and what the child said, are decided about and committed the same way
     4  the next job's folder is written, its start committed, and then the child is told
-    5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
+    5  the outbox goes to Kafka in one transaction whose offset metadata carries the mark of its last message
     6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
 
-After a crash the number read from Kafka says which outbox entries are out already, so each message is sent once.
+After a crash the mark read from Kafka says which messages of the outbox are out already, so each is sent once. A mark
+names one message of one database: what a lost database or another learn has noted there says nothing of this one's.
 Torch is never imported here; all that needs the backbone is the child's.
 """
 
@@ -335,7 +336,7 @@ class LearnService:
         last = pending[-1][0]
         offsets = dict(checkpoint.offsets) or dict(self._positions)
         try:
-            marked = Checkpoint(offsets=offsets, group=checkpoint.group, note=str(last))
+            marked = Checkpoint(offsets=offsets, group=checkpoint.group, note=last)
             self._ports.sink.publish([message for _, message in pending], marked)
         except TransactionAborted as error:
             log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
@@ -346,6 +347,5 @@ class LearnService:
         self._ports.ledger.published(last)
 
     def _forget_published(self) -> None:
-        note = self._ports.source.committed_note()
-        if note:
-            self._ports.ledger.published(int(note))
+        for mark in self._ports.source.committed_notes():
+            self._ports.ledger.published(mark)

@@ -39,7 +39,8 @@ from dylora_stream.core.ports import Partition
 
 __all__ = ["DatabaseConfig", "DuckLedger"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UPGRADED_FROM = 1  # by upgrade.sql
 BROKEN = (
     duckdb.IOException,
     duckdb.SerializationException,
@@ -103,13 +104,15 @@ class DuckLedger:
             self._db = duckdb.connect(
                 str(path), config={"memory_limit": config.memory_limit, "threads": str(config.threads)}
             )
-            self._db.execute(files(__package__).joinpath("schema.sql").read_text())
+            self._db.execute(_script("schema.sql"))
             self._check_version()
 
     def _check_version(self) -> None:
         found = self._db.execute("SELECT max(version) FROM schema_version").fetchone()
         if found is None or found[0] is None:
             self._db.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
+        elif found[0] == UPGRADED_FROM:
+            self._db.execute(_script("upgrade.sql"))
         elif found[0] != SCHEMA_VERSION:
             raise DatabaseBroken(
                 f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; move the file aside: "
@@ -160,7 +163,7 @@ class DuckLedger:
                 [[name, base64.b64encode(value).decode()] for name, value in message.headers]
             )
             self._db.execute(
-                "INSERT INTO outbox (topic, key, value, headers) VALUES (?, ?, ?, ?)",
+                "INSERT INTO outbox (mark, topic, key, value, headers) VALUES (uuid()::VARCHAR, ?, ?, ?, ?)",
                 [message.topic, message.key, message.value, headers],
             )
 
@@ -189,21 +192,23 @@ class DuckLedger:
             found = self._db.execute("SELECT topic, part, next_offset FROM positions").fetchall()
         return {(topic, partition): offset for topic, partition, offset in found}
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """See the port."""
         with database_errors(self.path):
             found = self._db.execute(
-                "SELECT sequence, topic, key, value, headers FROM outbox ORDER BY sequence"
+                "SELECT mark, topic, key, value, headers FROM outbox ORDER BY sequence"
             ).fetchall()
         return [
-            (sequence, OutboundMessage(topic=Topic(topic), key=key, value=value, headers=_headers(headers)))
-            for sequence, topic, key, value, headers in found
+            (mark, OutboundMessage(topic=Topic(topic), key=key, value=value, headers=_headers(headers)))
+            for mark, topic, key, value, headers in found
         ]
 
-    def published(self, sequence: int) -> None:
+    def published(self, mark: str) -> None:
         """See the port."""
         with database_errors(self.path):
-            self._db.execute("DELETE FROM outbox WHERE sequence <= ?", [sequence])
+            self._db.execute(
+                "DELETE FROM outbox WHERE sequence <= (SELECT sequence FROM outbox WHERE mark = ?)", [mark]
+            )
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """See the port."""
@@ -292,6 +297,10 @@ VERSION_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("expert_id", "skill_id", "maturity", "job_id", "manifest")]
     + [("version", pa.int32()), ("parent", pa.int32())]
 )
+
+
+def _script(name: str) -> str:
+    return files(__package__).joinpath(name).read_text()
 
 
 def _row_values(row: LedgerRow) -> dict[str, Any]:

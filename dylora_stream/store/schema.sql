@@ -1,4 +1,4 @@
--- Learn's memory, version 1. A row is keyed by its position on the requests topic, so taking one twice changes nothing.
+-- Learn's memory, version 2. A row is keyed by its position on the requests topic, so taking one twice changes nothing.
 
 CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL);
 
@@ -73,5 +73,6 @@ CREATE TABLE IF NOT EXISTS outbox (
     topic    VARCHAR NOT NULL,
     key      BLOB,
     value    BLOB,
-    headers  VARCHAR NOT NULL        -- JSON: [[name, base64], …]
+    headers  VARCHAR NOT NULL,       -- JSON: [[name, base64], …]
+    mark     VARCHAR NOT NULL        -- names this message of all that there are, see core.ledger.Ledger.outbox
 );

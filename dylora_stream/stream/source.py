@@ -164,12 +164,12 @@ class KafkaSource:
         """The partitions that this member owns now."""
         return frozenset((partition.topic, partition.partition) for partition in self._consumer.assignment())
 
-    def committed_note(self) -> str:
-        """See core.ports.Source.committed_note. Before the first assignment every partition of the topics counts."""
+    def committed_notes(self) -> frozenset[str]:
+        """See core.ports.Source.committed_notes. Before the first assignment every partition of the topics counts."""
         with kafka_errors("reading the committed notes"):
             partitions = self._consumer.assignment() or self._all_partitions()
             notes = [found.metadata for found in self._committed(partitions).values()]
-        return max((note for note in notes if note.isdecimal()), key=int, default="")
+        return frozenset(note for note in notes if note)
 
     def close(self) -> None:
         """See core.ports.Source.close. The static member is taken out, so that others get its partitions at once."""

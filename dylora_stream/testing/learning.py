@@ -1,6 +1,7 @@
 """What learn stands on, in memory: ledger, expert store, child."""
 
 import hashlib
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,8 +36,7 @@ class MemoryLedger:
         self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
         self._registry = Registry()
         self._positions: dict[Partition, int] = {}
-        self._outbox: list[tuple[int, OutboundMessage]] = []
-        self._sequence = 0
+        self._outbox: list[tuple[str, OutboundMessage]] = []
 
     def load(self) -> LedgerState:
         """See the port."""
@@ -53,7 +53,7 @@ class MemoryLedger:
     def commit(self, changes: Changes) -> None:
         """See the port."""
         jobs = {(each.expert_id, each.version): str(each.trained_on.get("job")) for each in changes.versions}
-        messages = list(enumerate(changes.messages, start=self._sequence + 1))
+        messages = [(uuid.uuid4().hex, message) for message in changes.messages]
         self._rows |= changes.rows
         before_ms = changes.unlabelled_before_ms
         self._rows = {
@@ -68,19 +68,19 @@ class MemoryLedger:
         self._registry = changes.registry or self._registry
         self._positions |= changes.positions
         self._outbox += messages
-        self._sequence += len(messages)
 
     def positions(self) -> dict[Partition, int]:
         """See the port."""
         return dict(self._positions)
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """See the port."""
         return list(self._outbox)
 
-    def published(self, sequence: int) -> None:
+    def published(self, mark: str) -> None:
         """See the port."""
-        self._outbox = [entry for entry in self._outbox if entry[0] > sequence]
+        marks = [entry[0] for entry in self._outbox]
+        self._outbox = self._outbox[marks.index(mark) + 1 :] if mark in marks else self._outbox
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """See the port."""

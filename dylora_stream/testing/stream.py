@@ -156,12 +156,10 @@ class MemorySource:
             return 0
         return sum(len(self._broker.logs[each]) - self._next[each] for each in self._partitions)
 
-    def committed_note(self) -> str:
-        """See core.ports.Source.committed_note."""
-        notes = [
-            note for offset, note in (self._group.committed.get(each, (0, "")) for each in self._partitions)
-        ]
-        return max((note for note in notes if note.isdecimal()), key=int, default="")
+    def committed_notes(self) -> frozenset[str]:
+        """See core.ports.Source.committed_notes."""
+        notes = (self._group.committed.get(each, (0, ""))[1] for each in self._partitions)
+        return frozenset(note for note in notes if note)
 
     def assignment(self) -> frozenset[Partition]:
         """The partitions that this member owns now."""
