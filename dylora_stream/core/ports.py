@@ -113,6 +113,9 @@ class Codec(Protocol):
     def decode_registry(self, record: RawRecord) -> Registry | None:
         """The registry of a record of the experts topic; None for a manifest or a tombstone."""
 
+    def decode_manifest(self, record: RawRecord) -> ExpertVersion | None:
+        """The manifest of a record of the experts topic that is no registry; None for a tombstone."""
+
     def encode_result(
         self, request: Request, answer: Answer, *, model: str, registry_number: int, latency_ms: float
     ) -> OutboundMessage:

@@ -31,14 +31,14 @@ from dylora_stream.core.ledger import (
     LedgerState,
     RowState,
 )
-from dylora_stream.core.messages import Feedback, Sample, SampleReason
+from dylora_stream.core.messages import Feedback, Sample
 from dylora_stream.core.ports import Clock, Codec, Partition
 from dylora_stream.learn.agenda import Agenda, JobRequest
 from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord
-from dylora_stream.learn.retirement import retirement
+from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecords
+from dylora_stream.learn.retirement import put_aside, retirement
 
 __all__ = ["Curator", "CuratorConfig"]
 
@@ -66,13 +66,11 @@ class Curator:
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle)
         self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
-        self._tracks: dict[str, TrackRecord] = {}
+        self._tracks = TrackRecords(state.rows)
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
         self._agenda = Agenda(self._buffers, config.lifecycle, clock, config.slots)
         self._told_held_back: set[str] = set()  # clusters of which it was said that the pool has no place
         knowledge.refresh(self.registry)
-        for row in state.rows:
-            self._remember(row)
 
     def buffer_age_s(self) -> float:
         """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
@@ -125,7 +123,7 @@ class Curator:
             elif sample.output is None:
                 row = replace(row, state=RowState.UNLABELLED)
             self._buffers.put(row, changes)
-            self._remember(row)
+            self._tracks.add(row)
 
     def _ask_for_labels(self, tenant: str, changes: Changes) -> None:
         """Said once a buffer's worth of new rows without a right answer has come, and at each doubling."""
@@ -147,7 +145,7 @@ class Curator:
     def _promote_mature(self, changes: Changes) -> None:
         """Experts whose record is long and good enough take their rows alone from now on."""
         for version in self.registry.experts:
-            track = self._tracks.get(version.expert_id, TrackRecord())
+            track = self._tracks.of(version.expert_id)
             if version.maturity is not Maturity.NASCENT or not track.is_mature(self._rules):
                 continue
             mature = replace(version, maturity=Maturity.MATURE)
@@ -333,6 +331,27 @@ class Curator:
         self._knowledge.refresh(self.registry)
         return changes
 
+    # ── adopt ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def adopt(self, registry: Registry, unpublished: Sequence[str]) -> Changes:
+        """Other experts are in service than was known here; those that the workers have not heard of are published."""
+        changes = Changes()
+        for version in self.registry.experts:
+            if registry.expert(version.expert_id) is None:
+                changes.rows |= put_aside(version.expert_id, self._buffers.rows.values())
+                self._buffers.dismiss(version.expert_id, changes.rows)
+        self.registry = changes.registry = registry
+        if unpublished:
+            self._publish(registry, unpublished, changes)
+        return changes
+
+    def look_again(self) -> Changes:
+        """Reads the experts of the registry and asks them about the rows that wait. Raises ExpertCorrupt."""
+        changes = Changes()
+        self._knowledge.refresh(self.registry)
+        self._reassign(changes)
+        return changes
+
     # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _reassign(self, changes: Changes) -> None:
@@ -377,11 +396,3 @@ class Curator:
         event = lifecycle_event(kind, entity, cause, self._clock.now_ms(), data)
         changes.messages.append(self._codec.encode_event(event))
         changes.events.append(kind)
-
-    def _remember(self, row: LedgerRow) -> None:
-        """What a row says of the expert that answered it."""
-        is_known = (
-            row.reason != SampleReason.NOVEL
-        )  # a new kind of record says nothing about who had to answer it
-        if is_known and row.is_correct is not None and row.served_by is not None:
-            self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)

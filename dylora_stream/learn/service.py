@@ -2,6 +2,7 @@
 
 The order of a step:
 
+    0  what the experts topic says is in service is taken over, see `learn.in_service`
     1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
     3  experts that an operator retires, and what the child said, are decided about and committed the same way
@@ -31,6 +32,7 @@ from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
 from dylora_stream.core.messages import Feedback, RawRecord, Sample
 from dylora_stream.core.ports import (
+    Changelog,
     Checkpoint,
     Child,
     Clock,
@@ -42,7 +44,9 @@ from dylora_stream.core.ports import (
     Source,
 )
 from dylora_stream.learn.curator import Curator
+from dylora_stream.learn.in_service import ExpertsTopic, missing_from
 from dylora_stream.learn.jobs import job_digest, read_report, write_job
+from dylora_stream.learn.outbox import Outbox
 from dylora_stream.learn.training import Training
 
 __all__ = ["LearnConfig", "LearnFolders", "LearnMetrics", "LearnPorts", "LearnService"]
@@ -56,6 +60,7 @@ class LearnConfig:
 
     batch_records: int = 256  # most samples of one DuckDB transaction
     poll_timeout_s: float = 0.25  # how long an idle poll blocks
+    registry_timeout_s: float = 30.0  # how long the start waits for the experts topic
     threads: int = 1  # of the child; with serve on the same two cores, one
     niceness: int = 10  # of the child, 0 to 19
     seed: int = 0  # of every job, with its rows
@@ -92,6 +97,7 @@ class LearnPorts:
 
     source: Source
     sink: Sink
+    experts: Changelog  # the experts topic
     ledger: Ledger
     child: Child
     store: ExpertStore
@@ -125,6 +131,8 @@ class LearnService:
         self._config = config
         self._training = training
         self._folders = folders
+        self._experts = ExpertsTopic(ports.codec)
+        self._outbox = Outbox(ports.ledger, ports.source, ports.sink)
         self._positions: dict[Partition, int] = {}
         self._resume: deque[JobRecord] = deque()
         self._running: JobRecord | None = None
@@ -153,14 +161,19 @@ class LearnService:
         log.info("worker_stopped", role="learn")
 
     def recover(self) -> None:
-        """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again."""
-        self._forget_published()
+        """Go on where the last process stopped: published messages are forgotten, the experts in service taken over,
+        running jobs taken up again."""
+        self._outbox.forget_published()
+        self._experts.hear(self._ports.experts.catch_up(self._config.registry_timeout_s))
+        self._agree()
         self._positions = self._ports.ledger.positions()
         self._resume.extend(self._ports.ledger.load().jobs)
         self._read_reference()
 
     def step(self) -> int:
-        """One round, 1 to 6; returns how many records it took."""
+        """One round, 0 to 6; returns how many records it took."""
+        if self._experts.hear(self._ports.experts.poll()):
+            self._agree()
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
         self._take(batch.records, batch.checkpoint)
@@ -177,6 +190,21 @@ class LearnService:
         self._ports.ledger.commit(changes)
         for kind in changes.events:
             self._ports.metrics.happened(kind)
+
+    # ── 0: the experts in service ────────────────────────────────────────────────────────────────────────────────────
+
+    def _agree(self) -> None:
+        """Committed before the experts' files are read: one that is damaged can then be retired by its name."""
+        agreed, published = self._experts.agree(
+            self._curator.registry, [message for _, message in self._ports.ledger.outbox()]
+        )
+        self._training.refuse_other_model(published)
+        unpublished = missing_from(published, agreed)
+        if agreed is self._curator.registry and not unpublished:
+            return
+        log.info("experts_adopted", experts=len(agreed.experts), unpublished=unpublished)
+        self._commit(self._curator.adopt(agreed, unpublished))
+        self._commit(self._curator.look_again())
 
     # ── 2: records ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -330,22 +358,8 @@ class LearnService:
     # ── 5, 6: the outbox ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _publish(self, checkpoint: Checkpoint) -> None:
-        pending = self._ports.ledger.outbox()
-        if not pending or checkpoint.group is None:
-            return
-        last = pending[-1][0]
-        offsets = dict(checkpoint.offsets) or dict(self._positions)
         try:
-            marked = Checkpoint(offsets=offsets, group=checkpoint.group, note=last)
-            self._ports.sink.publish([message for _, message in pending], marked)
+            self._experts.sent(self._outbox.publish(checkpoint, self._positions))
         except TransactionAborted as error:
-            log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
+            log.warning("transaction_aborted", role="learn", reason=str(error))
             self._ports.metrics.aborted()
-            self._forget_published()  # a commit that ran into its time-out may have happened all the same
-            self._ports.source.rewind()
-            return
-        self._ports.ledger.published(last)
-
-    def _forget_published(self) -> None:
-        for mark in self._ports.source.committed_notes():
-            self._ports.ledger.published(mark)

@@ -2,7 +2,7 @@
 
 DuckDB lets one process have the file; a second one is told which and what to do. Rows go in as Arrow tables, fifty
 times faster than row by row. A write-ahead log that cannot be replayed is never deleted: the message says to move both
-files aside, and the topic rebuilds them.
+files aside, and what happens then.
 """
 
 import base64
@@ -41,6 +41,10 @@ __all__ = ["DatabaseConfig", "DuckLedger"]
 
 SCHEMA_VERSION = 2
 UPGRADED_FROM = 1  # by upgrade.sql
+WITHOUT_IT = (
+    "the samples topic rebuilds the rows and the experts stay in service; only this file knows which rows they were "
+    "trained on"
+)
 BROKEN = (
     duckdb.IOException,
     duckdb.SerializationException,
@@ -79,7 +83,7 @@ def database_errors(path: Path) -> Iterator[None]:
         if isinstance(error, BROKEN) or "replaying WAL" in text:  # which comes as a plain duckdb.Error
             raise DatabaseBroken(
                 f"{path} cannot be read: {text}. Move it and {path.name}.wal aside (do not delete them) and start "
-                "again: the samples topic rebuilds the rows"
+                f"again: {WITHOUT_IT}"
             ) from error
         raise StoreError(f"{path}: {text}") from error
     except OSError as error:
@@ -115,8 +119,8 @@ class DuckLedger:
             self._db.execute(_script("upgrade.sql"))
         elif found[0] != SCHEMA_VERSION:
             raise DatabaseBroken(
-                f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; move the file aside: "
-                "the samples topic rebuilds it"
+                f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; run the program that "
+                f"wrote it, or move the file aside and start again: {WITHOUT_IT}"
             )
 
     def load(self) -> LedgerState:

@@ -24,9 +24,9 @@ from learning import (
 )
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import ExpertUnknown, TransactionAborted
+from dylora_stream.core.errors import ExpertCorrupt, ExpertUnknown, ModelMismatch, TransactionAborted
 from dylora_stream.core.events import EventType
-from dylora_stream.core.experts import ExpertVersion, Maturity
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
 from dylora_stream.core.messages import OutboundMessage, Position, Sample, Topic
 from dylora_stream.core.ports import Checkpoint
@@ -34,12 +34,14 @@ from dylora_stream.core.recipes import CONSOLIDATION, SEEDING
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.learn.curator import Curator, CuratorConfig
 from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.retirement import retirement
 from dylora_stream.learn.service import LearnConfig, LearnFolders, LearnPorts, LearnService
 from dylora_stream.learn.training import Training
 from dylora_stream.stream import codec
 from dylora_stream.testing import (
     ManualClock,
     MemoryBroker,
+    MemoryChangelog,
     MemoryExpertStore,
     MemoryIndex,
     MemoryLedger,
@@ -131,6 +133,7 @@ class Workshop:
         ports = LearnPorts(
             source=self.source,
             sink=self.sink,
+            experts=MemoryChangelog(self.broker),
             ledger=self.ledger,
             child=child(self.work),
             store=self.store,
@@ -190,6 +193,11 @@ class Workshop:
         """The lifecycle events that are on the broker."""
         found = [codec.decode_event(record) for record in self.broker.records(Topic.EVENTS)]
         return [event for event in found if kind in (None, event.type)]
+
+    def registries(self) -> list[list[str]]:
+        """The experts of every registry record, in order."""
+        records = [each for each in self.broker.records(Topic.EXPERTS) if each.key == codec.REGISTRY_KEY]
+        return [[version.expert_id for version in codec.decode_registry(each).experts] for each in records]
 
     def published(self) -> list[tuple[object, ...]]:
         """Every message on the broker that learn sent."""
@@ -326,6 +334,103 @@ def test_what_a_lost_ledger_noted_says_nothing_of_the_new_ones_outbox(workshop: 
     assert pending
     workshop.start()
     assert [message for _, message in workshop.ledger.outbox()] == pending
+
+
+@pytest.mark.parametrize("point", range(0, 9, 2))
+def test_a_lost_ledger_withdraws_no_expert(tmp_path: Path, point: int) -> None:
+    """The experts stay in service from its first round on, also over a crash; their rows come back to them."""
+    workshop = Workshop(tmp_path)
+    for begin, kind in enumerate(("apple", "bolt")):
+        workshop.send(texts(kind, 0, 30), 30 * begin)
+        workshop.steps(STEPS)
+    (before,) = workshop.registries()[-1:]
+    assert len(before) == 2
+    workshop.ledger = MemoryLedger()
+    workshop.start()
+    assert [version.expert_id for version in workshop.ledger.load().registry.experts] == before
+    workshop.steps(point)
+    workshop.start()
+    workshop.send(texts("cloud", 0, 30), 60)
+    workshop.steps(2 * STEPS)
+    assert all(set(before) <= set(names) for names in workshop.registries()[1:])
+    assert len(workshop.registries()[-1]) == 3
+    owners = {row.input.split()[0]: row.expert_id for row in workshop.ledger.load().rows}
+    assert [owners["apple"], owners["bolt"]] == before
+
+
+def test_a_topic_made_anew_hears_of_the_experts_again(workshop: Workshop) -> None:
+    """Manifests first, then the registry, once."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    before = [record.value for record in workshop.broker.records(Topic.EXPERTS)]
+    workshop.broker.logs[workshop.broker.name(Topic.EXPERTS), 0].clear()
+    workshop.start()
+    workshop.steps(3)
+    assert [record.value for record in workshop.broker.records(Topic.EXPERTS)] == before
+
+
+def test_experts_of_another_learn_stay_in_service(workshop: Workshop) -> None:
+    """It publishes without having read of ours, and later retires one of its own; ours is never missed for long."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    (ours,) = workshop.ledger.load().registry.experts
+    folder = workshop.folder / "theirs"
+    folder.mkdir()
+    (folder / "rows.json").write_text(json.dumps(texts("bolt", 0, 30)))
+    theirs = replace(ours, expert_id="theirs", storage=workshop.store.put(folder))
+    both = workshop.ledger.load().registry.with_expert(theirs)
+    for message in (CODEC.encode_manifest(theirs), CODEC.encode_registry(replace(both, experts=(theirs,)))):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(2)
+    assert set(workshop.registries()[-1]) == {ours.expert_id, "theirs"}
+    workshop.steps(2)
+    assert len(workshop.registries()) == 3
+    retired = replace(theirs, maturity=Maturity.RETIRED)
+    for message in (CODEC.encode_manifest(retired), CODEC.encode_registry(replace(both, experts=(ours,)))):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(1)
+    assert workshop.ledger.load().registry.experts == (ours,)
+    assert len(workshop.registries()) == 4
+
+
+def test_rows_of_an_expert_that_was_retired_elsewhere_are_put_aside(workshop: Workshop) -> None:
+    """As where it is retired here."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    registry = workshop.ledger.load().registry
+    (expert,) = registry.experts
+    retired = replace(expert, maturity=Maturity.RETIRED)
+    for message in (
+        CODEC.encode_manifest(retired),
+        CODEC.encode_registry(registry.without(expert.expert_id)),
+    ):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(1)
+    assert workshop.ledger.load().registry.experts == ()
+    assert {row.state for row in workshop.ledger.load().rows} == {RowState.SETTLED}
+
+
+def test_an_adopted_expert_without_its_files_can_be_retired(workshop: Workshop) -> None:
+    """Learn says that they are gone and ends; its database has the name by then, for `experts retire`."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    workshop.ledger, workshop.store = MemoryLedger(), MemoryExpertStore()
+    with pytest.raises(ExpertCorrupt):
+        workshop.start()
+    registry = workshop.ledger.load().registry
+    workshop.ledger.commit(retirement(registry.experts[0], registry, [], CODEC, 0))
+    workshop.start()
+    workshop.steps(1)
+    assert workshop.registries()[-1] == []
+
+
+def test_experts_of_another_backbone_are_not_taken_over(workshop: Workshop) -> None:
+    """Nor withdrawn: learn ends with what to do, as serve does."""
+    foreign = CODEC.encode_registry(replace(Registry(), feature_space="older", backbone="digest"))
+    workshop.broker.append(foreign.topic, foreign.value, foreign.key)
+    with pytest.raises(ModelMismatch, match="set model.name"):
+        workshop.start()
+    assert len(workshop.broker.records(Topic.EXPERTS)) == 1
 
 
 def test_rows_below_the_ledgers_positions_are_skipped(workshop: Workshop) -> None:
