@@ -98,6 +98,7 @@ class LedgerRow:
     cluster_id: str | None = None
     expert_id: str | None = None
     is_trained: bool = False
+    answer: str | None = None  # what was answered, as long as nobody has said whether that was right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,8 @@ class Changes:
         default_factory=list
     )  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
+    answers: dict[str, Feedback | None] = field(default_factory=dict)
+    """Late answers by `Feedback.target`: kept until their row comes, None: kept no longer."""
     forgotten: list[str] = field(
         default_factory=list
     )  # positions of rows that are deleted, after the upserts
@@ -160,6 +163,7 @@ class Changes:
             or self.registry
             or self.messages
             or self.positions
+            or self.answers
             or self.forgotten
             or self.unlabelled_before_ms is not None
         )
@@ -173,6 +177,7 @@ class LedgerState:
     clusters: tuple[ClusterRecord, ...] = ()
     jobs: tuple[JobRecord, ...] = ()  # running ones only
     registry: Registry = field(default_factory=Registry)
+    answers: tuple[Feedback, ...] = ()  # those whose row has not come, oldest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,6 @@ from dylora_stream.core.ledger import (
     JobKind,
     JobRecord,
     JobState,
-    LedgerRow,
     LedgerState,
     RowState,
 )
@@ -37,6 +36,7 @@ from dylora_stream.learn.agenda import Agenda, JobRequest
 from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.late_answers import LateAnswers
 from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecords
 from dylora_stream.learn.retirement import put_aside, retirement
 
@@ -65,6 +65,7 @@ class Curator:
         self._knowledge = knowledge
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle)
+        self.late = LateAnswers(state, self._buffers, config.lifecycle.expire_after_ms)
         self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
         self._tracks = TrackRecords(state.rows)
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
@@ -89,26 +90,23 @@ class Curator:
         changes = Changes(positions=dict(positions))
         fresh = {
             str(sample.position): sample
-            for sample in samples
+            for sample in self.late.complete(samples, changes)
             if str(sample.position) not in self._buffers.rows
         }
         for tenant in sorted({sample.tenant for sample in fresh.values()}):
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
             self._ask_for_labels(tenant, changes)
         for late in feedback:
-            self._label(late, changes)
+            labelled = self.late.take(late, self.registry, changes)
+            if labelled is not None:
+                self._tracks.add(labelled)
+        for late, reason in self.late.give_up(self._clock.now_ms(), changes):
+            entity = str(late.position or late.id)
+            told = {"tenant": late.tenant, "reason": reason}
+            self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, told)
         self._promote_mature(changes)
         self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
-
-    def remembers(self, late: Feedback) -> bool:
-        """Whether the row that a late answer is for is at hand."""
-        return self._buffers.find(late) is not None
-
-    def recall(self, row: LedgerRow) -> None:
-        """A row out of the ledger that has been waiting for an answer for long is at hand again."""
-        if row.state is RowState.UNLABELLED:
-            self._buffers.rows.put(row)
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""
@@ -131,16 +129,6 @@ class Curator:
         if rows >= self._label_at[tenant]:
             self._label_at[tenant] = 2 * rows
             self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
-
-    def _label(self, late: Feedback, changes: Changes) -> None:
-        """A late answer joins its row; one without a row is reported."""
-        row = self._buffers.find(late)
-        if row is None or row.tenant != late.tenant:
-            entity = str(late.position or late.id)
-            self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, {"tenant": late.tenant})
-        elif row.output is None:
-            state = RowState.WAITING if row.state is RowState.UNLABELLED else row.state
-            self._buffers.put(replace(row, output=late.output, state=state), changes)
 
     def _promote_mature(self, changes: Changes) -> None:
         """Experts whose record is long and good enough take their rows alone from now on."""

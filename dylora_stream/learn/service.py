@@ -233,10 +233,10 @@ class LearnService:
 
     def _recall(self, late: Feedback) -> None:
         """The row of an answer that comes very late lies in the ledger alone."""
-        if not self._curator.remembers(late):
+        if not self._curator.late.remembers(late):
             row = self._ports.ledger.find(late)
             if row is not None:
-                self._curator.recall(row)
+                self._curator.late.recall(row)
 
     def _is_comparable(self, sample: Sample) -> bool:
         """Features of another backbone or stem say nothing here; such a sample is left out, and said to be."""

@@ -36,6 +36,7 @@ from dylora_stream.core.ledger import (
 )
 from dylora_stream.core.messages import Feedback, OutboundMessage, Topic
 from dylora_stream.core.ports import Partition
+from dylora_stream.store.late_answers import read_answers, write_answers
 
 __all__ = ["DatabaseConfig", "DuckLedger"]
 
@@ -137,8 +138,15 @@ class DuckLedger:
             ]
             jobs = [_job(row) for row in self._dicts("SELECT * FROM jobs WHERE state = 'running'")]
             found = self._db.execute("SELECT document FROM registry").fetchone()
+            answers = read_answers(self._db)
         registry = _registry(json.loads(found[0])) if found else Registry()
-        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=tuple(jobs), registry=registry)
+        return LedgerState(
+            rows=tuple(rows),
+            clusters=tuple(clusters),
+            jobs=tuple(jobs),
+            registry=registry,
+            answers=answers,
+        )
 
     def commit(self, changes: Changes) -> None:
         """See the port."""
@@ -162,6 +170,7 @@ class DuckLedger:
             self._db.execute("INSERT OR REPLACE INTO registry VALUES (1, ?)", [document])
         for (topic, partition), offset in changes.positions.items():
             self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", [topic, partition, offset])
+        write_answers(self._db, changes.answers)
         for message in changes.messages:
             headers = json.dumps(
                 [[name, base64.b64encode(value).decode()] for name, value in message.headers]
@@ -280,6 +289,7 @@ ROW_TEXTS = (
     "state",
     "cluster_id",
     "expert_id",
+    "answer",
 )
 ROW_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ROW_TEXTS]

@@ -19,7 +19,8 @@ CREATE TABLE IF NOT EXISTS rows (
     sketch         FLOAT[],
     cluster_id     VARCHAR,
     expert_id      VARCHAR,
-    is_trained     BOOLEAN NOT NULL
+    is_trained     BOOLEAN NOT NULL,
+    answer         VARCHAR           -- what was answered, as long as nobody has said whether that was right
 );
 
 CREATE TABLE IF NOT EXISTS clusters (
@@ -64,6 +65,15 @@ CREATE TABLE IF NOT EXISTS positions (
     part        INTEGER NOT NULL,
     next_offset BIGINT  NOT NULL,
     PRIMARY KEY (topic, part)
+);
+
+CREATE TABLE IF NOT EXISTS late_answers (   -- whose row has not come yet
+    target     VARCHAR PRIMARY KEY,
+    tenant     VARCHAR NOT NULL,
+    position   VARCHAR,
+    request_id VARCHAR,
+    output     VARCHAR NOT NULL,
+    time_ms    BIGINT  NOT NULL
 );
 
 CREATE SEQUENCE IF NOT EXISTS outbox_sequence;

@@ -36,6 +36,7 @@ class MemoryLedger:
         self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
         self._registry = Registry()
         self._positions: dict[Partition, int] = {}
+        self._answers: dict[str, Feedback] = {}
         self._outbox: list[tuple[str, OutboundMessage]] = []
 
     def load(self) -> LedgerState:
@@ -48,7 +49,14 @@ class MemoryLedger:
         clusters = sorted(
             self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
         )
-        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=running, registry=self._registry)
+        answers = sorted(self._answers.values(), key=lambda late: (late.timestamp_ms, late.target))
+        return LedgerState(
+            rows=tuple(rows),
+            clusters=tuple(clusters),
+            jobs=running,
+            registry=self._registry,
+            answers=tuple(answers),
+        )
 
     def commit(self, changes: Changes) -> None:
         """See the port."""
@@ -67,6 +75,8 @@ class MemoryLedger:
         self._versions |= jobs
         self._registry = changes.registry or self._registry
         self._positions |= changes.positions
+        answers = self._answers | changes.answers
+        self._answers = {target: late for target, late in answers.items() if late is not None}
         self._outbox += messages
 
     def positions(self) -> dict[Partition, int]:

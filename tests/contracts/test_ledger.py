@@ -78,6 +78,7 @@ def row(number: int, **changes: object) -> LedgerRow:
         served_version=2,
         state=RowState.WAITING,
         features=np.linspace(-1, number, 5, dtype=np.float32),
+        answer="an answer",
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -135,7 +136,14 @@ def assert_same_rows(found: list[LedgerRow], wanted: list[LedgerRow]) -> None:
 
 def test_rows_come_back_as_they_were(ledger: Ledger) -> None:
     """In the order of time; every field, empty ones and arrays too."""
-    bare = {"request_id": None, "output": None, "choices": (), "is_correct": None, "served_by": None}
+    bare = {
+        "answer": None,
+        "request_id": None,
+        "output": None,
+        "choices": (),
+        "is_correct": None,
+        "served_by": None,
+    }
     rows = [
         row(1, **bare, state=RowState.UNLABELLED),
         row(2, sketch=np.arange(3, dtype=np.float32), state=RowState.CLUSTERED, cluster_id="c-1"),
@@ -212,6 +220,19 @@ def test_an_empty_ledger_has_an_empty_state(ledger: Ledger) -> None:
     assert ledger_positions(ledger) == {}
 
 
+def test_late_answers_are_kept_until_their_row_has_come(ledger: Ledger) -> None:
+    """Oldest first; the last one for a record counts; those that were let go of are gone."""
+    at = Feedback(position=Position("requests", 0, 7), id=None, output="é", tenant="acme", timestamp_ms=9)
+    named = Feedback(position=None, id="at 7", output="", timestamp_ms=5)
+    both = Feedback(position=Position("requests", 1, 7), id="id", output="x", timestamp_ms=7)
+    ledger.commit(Changes(answers={late.target: late for late in (at, named, both)}))
+    ledger = reloaded(ledger)
+    assert ledger.load().answers == (named, both, at)
+    newer = replace(both, output="y")
+    ledger.commit(Changes(answers={at.target: None, newer.target: newer, "default id unheard of": None}))
+    assert reloaded(ledger).load().answers == (named, newer)
+
+
 def ledger_positions(ledger: Ledger) -> dict[tuple[str, int], int]:
     """After a restart."""
     return reloaded(ledger).positions()
@@ -232,11 +253,13 @@ def test_a_commit_is_all_or_nothing(ledger: Ledger) -> None:
         versions=["no version"],  # type: ignore[list-item]
         messages=messages(b"1"),
         positions={("samples", 0): 5},
+        answers={"t id x": Feedback(position=None, id="x", output="y", tenant="t")},
     )
     with pytest.raises((AttributeError, TypeError)):
         ledger.commit(broken)
     ledger = reloaded(ledger)
     assert (ledger.load().rows, ledger.load().jobs, ledger.positions(), ledger.outbox()) == ((), (), {}, [])
+    assert ledger.load().answers == ()
     ledger.commit(Changes(rows={"requests:0:2": row(2)}))
     assert len(ledger.load().rows) == 1
 

@@ -468,6 +468,37 @@ def test_feedback_labels_a_row(workshop: Workshop) -> None:
     assert (row.output, row.state) == ("APPLE 1", RowState.WAITING)
 
 
+@pytest.mark.parametrize("point", range(8))
+@pytest.mark.parametrize("goes_wrong", ["abort", "restart"])
+def test_feedback_that_is_read_ahead_of_its_samples_is_not_lost(
+    workshop: Workshop, point: int, goes_wrong: str
+) -> None:
+    """A backlog of both, all feedback first, whatever goes wrong on the way: each answer is there once."""
+    for offset in range(40):
+        answer = {"position": str(Position("dylora.requests", 0, offset)), "output": f"right {offset}"}
+        workshop.broker.append(
+            Topic.FEEDBACK, json.dumps(answer).encode(), b"k", timestamp_ms=workshop.clock.now_ms()
+        )
+        message = CODEC.encode_sample(
+            sample(f"apple {offset}", offset, output=None, timestamp_ms=workshop.clock.now_ms())
+        )
+        workshop.broker.append(message.topic, message.value, message.key, message.headers)
+    workshop.source._partitions.reverse()
+    workshop.steps(point)
+    if goes_wrong == "abort":
+        workshop.sink.fail_next()
+    else:
+        workshop.start()
+        workshop.source._partitions.reverse()
+    workshop.steps(8)
+    rows = workshop.ledger.load().rows
+    assert [row.output for row in sorted(rows, key=lambda row: int(row.input.split()[1]))] == [
+        f"right {offset}" for offset in range(40)
+    ]
+    assert not workshop.events(EventType.FEEDBACK_UNMATCHED)
+    assert workshop.ledger.load().answers == ()
+
+
 def test_feedback_labels_a_row_that_lies_in_the_ledger_alone(workshop: Workshop) -> None:
     """Held no more because so many came after it: it is fetched, and waits for an expert."""
     message = CODEC.encode_sample(sample("apple 1", 0, output=None))
