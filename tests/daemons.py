@@ -20,7 +20,7 @@ from dylora_stream.core.messages import DeadLetter, Event, Topic
 from dylora_stream.settings import Settings, load_settings
 from dylora_stream.stream import codec
 from dylora_stream.stream.broker import EmbeddedBroker
-from dylora_stream.stream.source import KafkaChangelog
+from dylora_stream.stream.changelog import KafkaChangelog
 
 PATIENCE_S = 60.0  # a role imports torch, which takes ten seconds where others work too
 ROLES = ("serve", "learn")

@@ -15,8 +15,9 @@ from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import ServePorts, ServeService, Worker
 from dylora_stream.settings import Settings
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.sink import KafkaSink
-from dylora_stream.stream.source import KafkaChangelog, KafkaSource
+from dylora_stream.stream.source import KafkaSource
 from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:

@@ -36,9 +36,10 @@ from dylora_stream.ops.supervisor import Role, Supervisor
 from dylora_stream.settings import Settings
 from dylora_stream.store.identity import Identity, claim_identity
 from dylora_stream.stream.broker import EmbeddedIds
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
 from dylora_stream.stream.sink import FixedId, KafkaSink, TransactionalIds
-from dylora_stream.stream.source import KafkaChangelog, KafkaSource
+from dylora_stream.stream.source import KafkaSource
 from dylora_stream.stream.wire import WireCodec
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         )
         curator = Curator(ledger.load(), knowledge, codec, clock, rules)
         ports = LearnPorts(
-            source=_closing(
-                closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], positions=ledger.positions)
-            ),
+            source=_closing(closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], own=ledger)),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
             experts=_closing(closing, KafkaChangelog(kafka, Topic.EXPERTS)),
             ledger=ledger,

@@ -18,8 +18,8 @@ from dylora_stream.ops.files import FileRecord
 from dylora_stream.settings import Settings
 from dylora_stream.stream import codec
 from dylora_stream.stream.broker import EmbeddedBroker, glibc_problem
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, kafka_errors
-from dylora_stream.stream.source import KafkaChangelog
 from dylora_stream.stream.topics import TopicState, describe_topics
 from dylora_stream.stream.wire import WireCodec
 

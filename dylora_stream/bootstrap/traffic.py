@@ -17,9 +17,9 @@ from dylora_stream.core.messages import Event, Position, RawRecord, Request, Top
 from dylora_stream.settings import Settings
 from dylora_stream.stream import codec
 from dylora_stream.stream.broker import ApacheKafka, EmbeddedBroker
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import client_options, connect, kafka_errors
 from dylora_stream.stream.schemas import ResultData
-from dylora_stream.stream.source import KafkaChangelog
 
 __all__ = [
     "Heard",

@@ -145,11 +145,15 @@ class Changes:
         default_factory=list
     )  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
+    stamps: dict[Partition, int] = field(
+        default_factory=dict
+    )  # the times of the records before them, milliseconds
     answers: dict[str, Feedback | None] = field(default_factory=dict)
     """Late answers by `Feedback.target`: kept until their row comes, None: kept no longer."""
     forgotten: list[str] = field(
         default_factory=list
     )  # positions of rows that are deleted, after the upserts
+    era: int | None = None  # of the requests topic, from now on
     unlabelled_before_ms: int | None = (
         None  # rows without a right answer from before then are deleted as well
     )
@@ -165,6 +169,7 @@ class Changes:
             or self.positions
             or self.answers
             or self.forgotten
+            or self.era is not None
             or self.unlabelled_before_ms is not None
         )
 
@@ -178,6 +183,7 @@ class LedgerState:
     jobs: tuple[JobRecord, ...] = ()  # running ones only
     registry: Registry = field(default_factory=Registry)
     answers: tuple[Feedback, ...] = ()  # those whose row has not come, oldest first
+    era: int = 0  # how often the requests topic was made anew, see learn.eras
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +205,9 @@ class Ledger(Protocol):
 
     def positions(self) -> dict[Partition, int]:
         """The next offset to take, a partition."""
+
+    def stamps(self) -> dict[Partition, int]:
+        """The record time of the record before each position, milliseconds, where it is known."""
 
     def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """Messages not yet known to be published, in order, each with a mark that no message of any ledger shares."""

@@ -22,7 +22,7 @@ from dylora_stream.core.messages import (
 
 __all__ = [
     "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore",
-    "IndexFactory", "JobUpdate", "Partition", "Sink", "Source", "VectorIndex",
+    "IndexFactory", "JobUpdate", "OwnPositions", "Partition", "Sink", "Source", "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -43,13 +43,28 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Records of one poll in partition order; empty when nothing came, or when the group changed on the way."""
+    """Records of one poll in partition order; empty when nothing came, or when the group changed on the way.
+
+    `restarted`: where reading goes on in partitions that did not hold the position to go on from. A reader with
+    positions of its own takes these over before it takes the records.
+    """
 
     records: tuple[RawRecord, ...] = ()
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(offsets={}))
+    restarted: Mapping[Partition, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.records)
+
+
+class OwnPositions(Protocol):
+    """Where a reader stands that keeps its positions itself, with what it took, and not in Kafka."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        """The next offset to take, a partition; one that is not there starts at its beginning."""
+
+    def stamps(self) -> Mapping[Partition, int]:
+        """The record time of the record before each position, milliseconds, where it is known."""
 
 
 class Source(Protocol):
@@ -57,7 +72,8 @@ class Source(Protocol):
 
     def poll(self, max_records: int, timeout_s: float) -> Batch:
         """Up to `max_records` new records; blocks at most `timeout_s`. Steps 1 and 2 of the transaction: group metadata
-        is taken first, and a batch whose generation changed on the way is dropped and rewound. Raises OffsetsLost,
+        is taken first, and a batch whose generation changed on the way is dropped and rewound. Raises OffsetsLost where
+        a topic does not hold the position to go on from, or has another record before it than was taken there;
         BrokerUnreachable, TopicMissing, Fenced."""
 
     def rewind(self) -> None:

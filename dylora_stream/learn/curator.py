@@ -100,13 +100,17 @@ class Curator:
             labelled = self.late.take(late, self.registry, changes)
             if labelled is not None:
                 self._tracks.add(labelled)
-        for late, reason in self.late.give_up(self._clock.now_ms(), changes):
-            entity = str(late.position or late.id)
+        for request, late, reason in self.late.give_up(self._clock.now_ms(), changes):
             told = {"tenant": late.tenant, "reason": reason}
-            self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, told)
+            self._tell(EventType.FEEDBACK_UNMATCHED, request, late.target, changes, told)
         self._promote_mature(changes)
         self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
+
+    def knows_another(self, sample: Sample) -> bool:
+        """Whether another record than this one is at hand under its position."""
+        row = self._buffers.rows.get(str(sample.position))
+        return row is not None and (row.input, row.time_ms) != (sample.input, sample.timestamp_ms)
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""

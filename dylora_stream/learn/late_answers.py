@@ -19,6 +19,7 @@ from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, LedgerRow, LedgerState, RowState
 from dylora_stream.core.messages import Feedback, Position, Sample, is_right
 from dylora_stream.learn.buffers import Buffers
+from dylora_stream.learn.eras import without_era
 
 __all__ = ["LateAnswers"]
 
@@ -93,8 +94,11 @@ class LateAnswers:
         self._buffers.put(labelled, changes)
         return labelled
 
-    def give_up(self, now_ms: int, changes: Changes) -> list[tuple[Feedback, str]]:
-        """Answers that no row will come for, and why not. No record is from later than `now_ms`."""
+    def give_up(self, now_ms: int, changes: Changes) -> list[tuple[str, Feedback, str]]:
+        """Answers that no row will come for: the request as its sender named it, the answer, and why not.
+
+        No record is from later than `now_ms`.
+        """
         given_up, self._hopeless = self._hopeless, []
         before_ms = min(self._newest_ms, now_ms) - self._expire_after_ms
         passed = [
@@ -108,7 +112,10 @@ class LateAnswers:
             given_up.append((self._let_go(self._oldest().target, changes), "expired"))
         while len(self._kept) > MOST_KEPT or self._characters > MOST_CHARACTERS:
             given_up.append((self._let_go(self._oldest().target, changes), "too_many"))
-        return given_up
+        return [
+            (str(without_era(late.position) if late.position else late.id), late, reason)
+            for late, reason in given_up
+        ]
 
     def _oldest(self) -> Feedback:
         return next(iter(self._kept.values()))

@@ -3,7 +3,8 @@
 The order of a step:
 
     0  what the experts topic says is in service is taken over, see `learn.in_service`
-    1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
+    1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction); where a topic does
+       not hold the database's positions any more, these are set anew, committed, and the records taken after that
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
     3  experts that an operator retires, and what the child said, are decided about and committed the same way
     4  the next job's folder is written, its start committed, and then the child is told
@@ -26,11 +27,11 @@ import structlog
 from safetensors.numpy import load_file
 
 from dylora_stream.core.clustering import Reference
-from dylora_stream.core.errors import BadRecord, TransactionAborted
+from dylora_stream.core.errors import TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
-from dylora_stream.core.messages import Feedback, RawRecord, Sample
+from dylora_stream.core.messages import RawRecord, Sample
 from dylora_stream.core.ports import (
     Changelog,
     Checkpoint,
@@ -39,12 +40,12 @@ from dylora_stream.core.ports import (
     Codec,
     ExpertStore,
     JobUpdate,
-    Partition,
     Sink,
     Source,
 )
 from dylora_stream.learn.curator import Curator
 from dylora_stream.learn.in_service import ExpertsTopic, missing_from
+from dylora_stream.learn.intake import Intake
 from dylora_stream.learn.jobs import job_digest, read_report, write_job
 from dylora_stream.learn.outbox import Outbox
 from dylora_stream.learn.training import Training
@@ -133,7 +134,13 @@ class LearnService:
         self._folders = folders
         self._experts = ExpertsTopic(ports.codec)
         self._outbox = Outbox(ports.ledger, ports.source, ports.sink)
-        self._positions: dict[Partition, int] = {}
+        self._intake = Intake(
+            ports.ledger,
+            ports.codec,
+            curator,
+            feature_space=training.feature_space,
+            feedback_topic=folders.feedback_topic,
+        )
         self._resume: deque[JobRecord] = deque()
         self._running: JobRecord | None = None
         self._progress_told = 0.0
@@ -166,8 +173,9 @@ class LearnService:
         self._outbox.forget_published()
         self._experts.hear(self._ports.experts.catch_up(self._config.registry_timeout_s))
         self._agree()
-        self._positions = self._ports.ledger.positions()
-        self._resume.extend(self._ports.ledger.load().jobs)
+        state = self._ports.ledger.load()
+        self._intake.resume(state.era)
+        self._resume.extend(state.jobs)
         self._read_reference()
 
     def step(self) -> int:
@@ -176,6 +184,8 @@ class LearnService:
             self._agree()
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
+        if batch.restarted:
+            self._commit(self._intake.restart(batch.restarted))
         self._take(batch.records, batch.checkpoint)
         while not self._leaving.empty():
             self._commit(self._curator.retire(self._leaving.get()))
@@ -209,44 +219,12 @@ class LearnService:
     # ── 2: records ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, records: Sequence[RawRecord], checkpoint: Checkpoint) -> None:
-        fresh = [record for record in records if record.position.offset >= self._next_offset(record)]
-        samples: list[Sample] = []
-        feedback: list[Feedback] = []
-        for record in fresh:
-            try:
-                if record.position.topic == self._folders.feedback_topic:
-                    feedback.append(self._ports.codec.decode_feedback(record))
-                else:
-                    samples.append(self._ports.codec.decode_sample(record))
-            except BadRecord as error:
-                log.warning("sample_unreadable", position=str(record.position), reason=error.reason)
-        if fresh or any(self._positions.get(key, 0) < offset for key, offset in checkpoint.offsets.items()):
-            ahead = {
-                key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
-            }
-            for late in feedback:
-                self._recall(late)
-            usable = [sample for sample in samples if self._is_comparable(sample)]
-            self._commit(self._curator.take(usable, feedback, ahead))
-            self._positions |= ahead
-            self._ports.metrics.sampled(usable)
-
-    def _recall(self, late: Feedback) -> None:
-        """The row of an answer that comes very late lies in the ledger alone."""
-        if not self._curator.late.remembers(late):
-            row = self._ports.ledger.find(late)
-            if row is not None:
-                self._curator.late.recall(row)
-
-    def _is_comparable(self, sample: Sample) -> bool:
-        """Features of another backbone or stem say nothing here; such a sample is left out, and said to be."""
-        if sample.feature_space == self._training.feature_space:
-            return True
-        log.warning("sample_unreadable", position=str(sample.position), reason="other_feature_space")
-        return False
-
-    def _next_offset(self, record: RawRecord) -> int:
-        return self._positions.get((record.position.topic, record.position.partition), 0)
+        taken = self._intake.take(records, checkpoint)
+        if taken is not None:
+            changes = self._curator.take(taken.samples, taken.feedback, taken.positions)
+            changes.stamps, changes.era = taken.stamps, taken.era
+            self._commit(changes)
+            self._ports.metrics.sampled(taken.samples)
 
     # ── 3: what the child says ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -359,7 +337,7 @@ class LearnService:
 
     def _publish(self, checkpoint: Checkpoint) -> None:
         try:
-            self._experts.sent(self._outbox.publish(checkpoint, self._positions))
+            self._experts.sent(self._outbox.publish(checkpoint, self._intake.positions))
         except TransactionAborted as error:
             log.warning("transaction_aborted", role="learn", reason=str(error))
             self._ports.metrics.aborted()

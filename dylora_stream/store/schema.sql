@@ -60,10 +60,13 @@ CREATE TABLE IF NOT EXISTS versions (
 
 CREATE TABLE IF NOT EXISTS registry (id INTEGER PRIMARY KEY, document VARCHAR NOT NULL);
 
+CREATE TABLE IF NOT EXISTS era (id INTEGER PRIMARY KEY, number INTEGER NOT NULL);   -- of the requests topic
+
 CREATE TABLE IF NOT EXISTS positions (
     topic       VARCHAR NOT NULL,
     part        INTEGER NOT NULL,
     next_offset BIGINT  NOT NULL,
+    stamp_ms    BIGINT,              -- time of the record before it, by which a topic that was made anew is known
     PRIMARY KEY (topic, part)
 );
 

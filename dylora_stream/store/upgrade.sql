@@ -5,5 +5,6 @@ BEGIN;
 ALTER TABLE outbox ADD COLUMN mark VARCHAR;
 UPDATE outbox SET mark = sequence::VARCHAR;
 ALTER TABLE rows ADD COLUMN answer VARCHAR;
+ALTER TABLE positions ADD COLUMN stamp_ms BIGINT;
 UPDATE schema_version SET version = 2;
 COMMIT;

@@ -36,7 +36,9 @@ class MemoryLedger:
         self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
         self._registry = Registry()
         self._positions: dict[Partition, int] = {}
+        self._stamps: dict[Partition, int] = {}
         self._answers: dict[str, Feedback] = {}
+        self._era = 0
         self._outbox: list[tuple[str, OutboundMessage]] = []
 
     def load(self) -> LedgerState:
@@ -56,6 +58,7 @@ class MemoryLedger:
             jobs=running,
             registry=self._registry,
             answers=tuple(answers),
+            era=self._era,
         )
 
     def commit(self, changes: Changes) -> None:
@@ -75,6 +78,9 @@ class MemoryLedger:
         self._versions |= jobs
         self._registry = changes.registry or self._registry
         self._positions |= changes.positions
+        unmoved = {part: stamp for part, stamp in self._stamps.items() if part not in changes.positions}
+        self._stamps = unmoved | changes.stamps
+        self._era = self._era if changes.era is None else changes.era
         answers = self._answers | changes.answers
         self._answers = {target: late for target, late in answers.items() if late is not None}
         self._outbox += messages
@@ -82,6 +88,10 @@ class MemoryLedger:
     def positions(self) -> dict[Partition, int]:
         """See the port."""
         return dict(self._positions)
+
+    def stamps(self) -> dict[Partition, int]:
+        """See the port."""
+        return dict(self._stamps)
 
     def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """See the port."""

@@ -233,15 +233,26 @@ def test_late_answers_are_kept_until_their_row_has_come(ledger: Ledger) -> None:
     assert reloaded(ledger).load().answers == (named, newer)
 
 
+def test_the_era_is_kept_with_the_positions_that_begin_it(ledger: Ledger) -> None:
+    """The first is 0; changes that say nothing of it leave it as it is."""
+    assert ledger.load().era == 0
+    ledger.commit(Changes(positions={("samples", 0): 0}, era=1))
+    ledger.commit(Changes(positions={("samples", 0): 5}))
+    ledger = reloaded(ledger)
+    assert (ledger.load().era, ledger.positions()) == (1, {("samples", 0): 5})
+
+
 def ledger_positions(ledger: Ledger) -> dict[tuple[str, int], int]:
     """After a restart."""
     return reloaded(ledger).positions()
 
 
 def test_positions_are_kept_by_partition(ledger: Ledger) -> None:
-    """The newest offset of each; others stay as they are."""
-    ledger.commit(Changes(positions={("samples", 0): 5, ("samples", 1): 2}))
+    """The newest offset of each, with the time of the record before it, if it is given; others stay as they are."""
+    before = {("samples", 0): 50, ("samples", 1): 20}
+    ledger.commit(Changes(positions={("samples", 0): 5, ("samples", 1): 2}, stamps=before))
     ledger.commit(Changes(positions={("samples", 0): 9}))
+    assert ledger.stamps() == {("samples", 1): 20}
     assert ledger_positions(ledger) == {("samples", 0): 9, ("samples", 1): 2}
 
 

@@ -17,7 +17,7 @@ from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, Stored
 from dylora_stream.core.ledger import Changes
 from dylora_stream.core.messages import RawRecord, Topic
 from dylora_stream.settings import Settings, load_settings
-from dylora_stream.stream.source import KafkaChangelog
+from dylora_stream.stream.changelog import KafkaChangelog
 
 pytestmark = pytest.mark.kafka
 

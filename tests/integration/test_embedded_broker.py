@@ -12,9 +12,9 @@ from kafka.producer.future import FutureRecordMetadata
 from dylora_stream.core.errors import BrokerError
 from dylora_stream.core.messages import OutboundMessage, RawRecord, Topic
 from dylora_stream.stream.broker import EmbeddedBroker, EmbeddedIds, glibc_problem, is_embedded
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.sink import KafkaSink
-from dylora_stream.stream.source import KafkaChangelog
 from dylora_stream.stream.topics import TopicLayout, ensure_topics
 
 pytestmark = [

@@ -18,9 +18,10 @@ from dylora_stream.core.errors import BrokerUnreachable, Fenced, OffsetsLost, Tr
 from dylora_stream.core.messages import OutboundMessage, RawRecord, Topic
 from dylora_stream.core.ports import Batch
 from dylora_stream.stream.broker import free_port
+from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.stream.sink import KafkaSink
-from dylora_stream.stream.source import KafkaChangelog, KafkaSource
+from dylora_stream.stream.source import KafkaSource
 from dylora_stream.stream.topics import TopicLayout, ensure_topics
 
 pytestmark = [pytest.mark.kafka]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,13 @@ from learning import (
 )
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import ExpertCorrupt, ExpertUnknown, ModelMismatch, TransactionAborted
+from dylora_stream.core.errors import (
+    ExpertCorrupt,
+    ExpertUnknown,
+    ModelMismatch,
+    OffsetsLost,
+    TransactionAborted,
+)
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
@@ -123,12 +129,19 @@ class Workshop:
         self.metrics = CountingMetrics()
         self.submitted: list[str] = []
         self.is_able = True
+        self.start_from: Literal["earliest", "latest"] | None = None
         self.start()
 
     def start(self, sink: type[MemorySink] = MemorySink, child: type[ScriptedChild] = ScriptedChild) -> None:
         """A new process on what the last one left."""
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
-        self.source = MemorySource(self.broker, topics, group=GROUP, positions=self.ledger.positions)
+        self.source = MemorySource(
+            self.broker,
+            topics,
+            group=GROUP,
+            own=self.ledger,
+            start_from=self.start_from,
+        )
         self.sink = sink(self.broker, "dylora.learn.0")
         ports = LearnPorts(
             source=self.source,
@@ -156,7 +169,21 @@ class Workshop:
         """Samples, as serve writes them."""
         for offset, text in enumerate(inputs, start=begin):
             message = CODEC.encode_sample(sample(text, offset, timestamp_ms=self.clock.now_ms()))
-            self.broker.append(message.topic, message.value, message.key, message.headers)
+            self.broker.append(
+                message.topic, message.value, message.key, message.headers, self.clock.now_ms()
+            )
+
+    def make_topics_anew(self) -> None:
+        """As after the broker's data were deleted."""
+        for log in self.broker.logs.values():
+            log.clear()
+        self.broker.groups.clear()
+
+    def feed_back(self, offset: int, output: str) -> None:
+        """A late answer."""
+        answer = {"position": str(Position("dylora.requests", 0, offset)), "output": output}
+        now_ms = self.clock.now_ms()
+        self.broker.append(Topic.FEEDBACK, json.dumps(answer).encode(), b"k", timestamp_ms=now_ms)
 
     def steps(self, count: int) -> None:
         """Rounds of the loop, a second each."""
@@ -444,6 +471,103 @@ def test_rows_below_the_ledgers_positions_are_skipped(workshop: Workshop) -> Non
     workshop.service._take(batch.records, batch.checkpoint)
     assert workshop.ledger.load().rows == before
     assert workshop.metrics.sampled_rows == 5
+
+
+def test_topics_made_anew_stop_learn_until_it_is_told_where_to_start(workshop: Workshop) -> None:
+    """It does not wait for offsets that come some day, and skips nothing unasked."""
+    workshop.send(INPUTS[:20])
+    workshop.steps(3)
+    workshop.make_topics_anew()
+    workshop.start()
+    workshop.send(texts("bolt", 0, 10))
+    with pytest.raises(OffsetsLost, match="start_from"):
+        workshop.steps(1)
+
+
+@pytest.mark.parametrize("point", range(4))
+@pytest.mark.parametrize("goes_wrong", ["abort", "restart"])
+def test_samples_of_topics_made_anew_are_taken_once_and_old_rows_stay(
+    tmp_path: Path, point: int, goes_wrong: str
+) -> None:
+    """Their positions are those of old rows: also of those that an expert was trained on. Whatever goes wrong."""
+    workshop = Workshop(tmp_path)
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    before = workshop.ledger.load()
+    (expert,) = (version.expert_id for version in before.registry.experts)
+    workshop.make_topics_anew()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.send(texts("bolt", 0, len(INPUTS)))
+    workshop.steps(point)
+    if goes_wrong == "abort":
+        workshop.sink.fail_next()
+    else:
+        workshop.start()
+    workshop.steps(2 * STEPS)
+    rows = workshop.ledger.load().rows
+    assert Counter(row.input for row in rows) == Counter([*INPUTS, *texts("bolt", 0, len(INPUTS))])
+    assert {row.position: row.input for row in before.rows}.items() <= {
+        r.position: r.input for r in rows
+    }.items()
+    assert sorted(row.input for row in workshop.ledger.training_rows(expert, 1)) == sorted(INPUTS)
+    assert workshop.ledger.load().era == 1
+    assert expert in workshop.registries()[-1]
+    assert len(workshop.registries()[-1]) == 2
+
+
+def test_a_late_answer_after_topics_were_made_anew_is_for_the_new_record(workshop: Workshop) -> None:
+    """The old row of the same position stays without one; who is told of an answer reads the position that he knows."""
+    old = CODEC.encode_sample(sample("apple 0", 0, output=None))
+    workshop.broker.append(old.topic, old.value, old.key, old.headers)
+    workshop.send(INPUTS[1:5], 1)
+    workshop.steps(1)
+    workshop.make_topics_anew()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.feed_back(0, "new")
+    new = CODEC.encode_sample(sample("bolt 0", 0, output=None))
+    workshop.broker.append(new.topic, new.value, new.key, new.headers)
+    workshop.steps(1)
+    assert {row.input: row.output for row in workshop.ledger.load().rows if row.input.endswith(" 0")} == {
+        "apple 0": None, "bolt 0": "new",
+    }  # fmt: skip
+    workshop.feed_back(3, "for nobody")
+    workshop.send(["bolt 9"], 9)
+    workshop.steps(1)
+    (event,) = workshop.events(EventType.FEEDBACK_UNMATCHED)
+    assert event.entity == "dylora.requests:0:3"
+
+
+def test_a_requests_topic_that_was_made_anew_alone_is_noticed(workshop: Workshop) -> None:
+    """Another record stands at the position of a row: from there on the positions are new ones, also over a restart."""
+    workshop.send(INPUTS[:10])
+    workshop.send(INPUTS[:5])
+    workshop.steps(2)
+    assert workshop.ledger.load().era == 0
+    workshop.send(texts("bolt", 3, 8), 3)
+    workshop.steps(1)
+    workshop.start()
+    workshop.send(texts("bolt", 8, 10), 8)
+    workshop.steps(1)
+    state = workshop.ledger.load()
+    assert state.era == 1
+    assert Counter(row.input for row in state.rows) == Counter([*INPUTS[:10], *texts("bolt", 3, 10)])
+
+
+def test_feedback_made_anew_alone_begins_no_era(workshop: Workshop) -> None:
+    """Positions of requests mean what they meant."""
+    workshop.send(INPUTS[:5])
+    workshop.feed_back(99, "x")
+    workshop.steps(1)
+    workshop.broker.logs[workshop.broker.name(Topic.FEEDBACK), 0].clear()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.steps(1)
+    workshop.feed_back(98, "y")
+    workshop.steps(1)
+    assert {late.output for late in workshop.ledger.load().answers} == {"x", "y"}
+    assert workshop.ledger.load().era == 0
 
 
 def test_samples_of_another_feature_space_are_left_aside(workshop: Workshop) -> None:

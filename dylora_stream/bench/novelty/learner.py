@@ -131,7 +131,7 @@ class StreamLearner:
         self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
         ports = LearnPorts(
-            source=MemorySource(self._broker, topics, group="learn", positions=self.ledger.positions),
+            source=MemorySource(self._broker, topics, group="learn", own=self.ledger),
             sink=MemorySink(self._broker, "learn"),
             experts=MemoryChangelog(self._broker),
             ledger=self.ledger,
