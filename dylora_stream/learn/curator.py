@@ -65,7 +65,7 @@ class Curator:
         self._knowledge = knowledge
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle)
-        self.late = LateAnswers(state, self._buffers, config.lifecycle.expire_after_ms)
+        self.late = LateAnswers(state, self._buffers, clock, config.lifecycle.expire_after_ms)
         self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
         self._tracks = TrackRecords(state.rows)
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
@@ -100,7 +100,7 @@ class Curator:
             labelled = self.late.take(late, self.registry, changes)
             if labelled is not None:
                 self._tracks.add(labelled)
-        for request, late, reason in self.late.give_up(self._clock.now_ms(), changes):
+        for request, late, reason in self.late.give_up(changes):
             told = {"tenant": late.tenant, "reason": reason}
             self._tell(EventType.FEEDBACK_UNMATCHED, request, late.target, changes, told)
         self._promote_mature(changes)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, LedgerRow, LedgerState, RowState
 from dylora_stream.core.messages import Feedback, Position, Sample, is_right
+from dylora_stream.core.ports import Clock
 from dylora_stream.learn.buffers import Buffers
 from dylora_stream.learn.eras import without_era
 
@@ -32,8 +33,8 @@ Stream = tuple[str, str, int]  # tenant, topic, partition: records of one come i
 class LateAnswers:
     """What feedback said, beside the rows that it is for."""
 
-    def __init__(self, state: LedgerState, buffers: Buffers, expire_after_ms: int) -> None:
-        self._buffers = buffers
+    def __init__(self, state: LedgerState, buffers: Buffers, clock: Clock, expire_after_ms: int) -> None:
+        self._buffers, self._clock = buffers, clock
         self._expire_after_ms = expire_after_ms
         self._kept: dict[str, Feedback] = {}  # by target, in order of arrival
         self._characters = 0
@@ -77,7 +78,7 @@ class LateAnswers:
         if row is None:
             if late.target in self._kept:
                 self._let_go(late.target, changes)
-            dated = late if late.timestamp_ms else replace(late, timestamp_ms=self._newest_ms)
+            dated = late if late.timestamp_ms else replace(late, timestamp_ms=self._clock.now_ms())
             self._keep(dated)
             changes.answers[late.target] = dated
             return None
@@ -94,13 +95,13 @@ class LateAnswers:
         self._buffers.put(labelled, changes)
         return labelled
 
-    def give_up(self, now_ms: int, changes: Changes) -> list[tuple[str, Feedback, str]]:
+    def give_up(self, changes: Changes) -> list[tuple[str, Feedback, str]]:
         """Answers that no row will come for: the request as its sender named it, the answer, and why not.
 
-        No record is from later than `now_ms`.
+        No record is from later than now, whatever its sender's clock says.
         """
         given_up, self._hopeless = self._hopeless, []
-        before_ms = min(self._newest_ms, now_ms) - self._expire_after_ms
+        before_ms = min(self._newest_ms, self._clock.now_ms()) - self._expire_after_ms
         passed = [
             target
             for stream, awaited in self._awaited.items()
