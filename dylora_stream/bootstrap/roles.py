@@ -46,6 +46,7 @@ from dylora_stream.stream.source import KafkaSource
 
 if TYPE_CHECKING:
     from dylora_stream.learn.jobs import ChildProcess
+    from dylora_stream.learn.service import LearnFolders
     from dylora_stream.learn.training import Training
 
 __all__ = ["child", "learn", "serve", "supervise"]
@@ -94,7 +95,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
     """Learn until told to end. Raises DyloraError."""
     from dylora_stream.learn.curator import Curator, CuratorConfig
     from dylora_stream.learn.knowledge import Knowledge
-    from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService
+    from dylora_stream.learn.service import LearnPorts, LearnService
 
     with ExitStack() as closing:
         kafka, identity = _enter(settings, "learn", closing)
@@ -108,10 +109,9 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         )
         curator = Curator(ledger.load(settings.lifecycle.expert_texts), knowledge, codec, clock, rules)
         ports = LearnPorts(
-            source=_closing(
-                closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], positions=ledger.positions)
-            ),
+            source=_closing(closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], own=ledger)),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
+            experts=_closing(closing, KafkaChangelog(kafka, Topic.EXPERTS)),
             ledger=ledger,
             child=_closing(closing, _child_process(settings)),
             store=store,
@@ -120,12 +120,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
             metrics=metrics,
         )
         training = _training(settings)
-        home = settings.store.folder.absolute()
-        folders = LearnFolders(
-            jobs=home / "jobs",
-            reference=home / f"reference-{training.feature_space}.safetensors",
-            feedback_topic=kafka.topic(Topic.FEEDBACK),
-        )
+        folders = _learn_folders(settings, kafka, training)
         service = LearnService(ports, curator, settings.learn, training, folders)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
@@ -166,6 +161,18 @@ def _training(settings: Settings) -> "Training":
         feature_space=feature_space_name(settings.model.read_layers, digest),
         prompt_template=DEFAULT_TEMPLATE,
         rank=settings.pool.rank,
+    )
+
+
+def _learn_folders(settings: Settings, kafka: KafkaConfig, training: "Training") -> "LearnFolders":
+    """Where learn keeps its jobs; what similarities are measured against belongs to one feature space."""
+    from dylora_stream.learn.service import LearnFolders
+
+    home = settings.store.folder.absolute()
+    return LearnFolders(
+        jobs=home / "jobs",
+        reference=home / f"reference-{training.feature_space}.safetensors",
+        feedback_topic=kafka.topic(Topic.FEEDBACK),
     )
 
 

@@ -98,6 +98,7 @@ class LedgerRow:
     cluster_id: str | None = None
     expert_id: str | None = None
     is_trained: bool = False
+    answer: str | None = None  # what was answered, as long as nobody has said whether that was right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +145,15 @@ class Changes:
         default_factory=list
     )  # kinds of the events among the messages, for metrics
     positions: dict[Partition, int] = field(default_factory=dict)  # next offset to take
+    stamps: dict[Partition, int] = field(
+        default_factory=dict
+    )  # the times of the records before them, milliseconds
+    answers: dict[str, Feedback | None] = field(default_factory=dict)
+    """Late answers by `Feedback.target`: kept until their row comes, None: kept no longer."""
     forgotten: list[str] = field(
         default_factory=list
     )  # positions of rows that are deleted, after the upserts
+    era: int | None = None  # of the requests topic, from now on
     unlabelled_before_ms: int | None = (
         None  # rows without a right answer from before then are deleted as well
     )
@@ -160,7 +167,9 @@ class Changes:
             or self.registry
             or self.messages
             or self.positions
+            or self.answers
             or self.forgotten
+            or self.era is not None
             or self.unlabelled_before_ms is not None
         )
 
@@ -173,6 +182,8 @@ class LedgerState:
     clusters: tuple[ClusterRecord, ...] = ()
     jobs: tuple[JobRecord, ...] = ()  # running ones only
     registry: Registry = field(default_factory=Registry)
+    answers: tuple[Feedback, ...] = ()  # those whose row has not come, oldest first
+    era: int = 0  # how often the requests topic was made anew, see learn.eras
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +207,15 @@ class Ledger(Protocol):
     def positions(self) -> dict[Partition, int]:
         """The next offset to take, a partition."""
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
-        """Messages not yet known to be published, with their sequence numbers, in order."""
+    def stamps(self) -> dict[Partition, int]:
+        """The record time of the record before each position, milliseconds, where it is known."""
 
-    def published(self, sequence: int) -> None:
-        """Messages up to this sequence number are on the broker; forget them."""
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
+        """Messages not yet known to be published, in order, each with a mark that no message of any ledger shares."""
+
+    def published(self, mark: str) -> None:
+        """The message of this mark and those before it are on the broker; forget them. A mark that none of them has is
+        another ledger's, or one of long ago, and says nothing."""
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """The row that a late answer is for, by its position or by request id and tenant."""

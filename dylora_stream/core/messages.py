@@ -13,7 +13,7 @@ import numpy as np
 
 __all__ = [
     "DEFAULT_TENANT", "Answer", "DeadLetter", "Event", "Feedback", "Novelty", "OutboundMessage", "Policy", "Position",
-    "RawRecord", "Request", "RoutingWeight", "Sample", "SampleReason", "Topic",
+    "RawRecord", "Request", "RoutingWeight", "Sample", "SampleReason", "Topic", "is_right",
 ]  # fmt: skip
 
 DEFAULT_TENANT = "default"
@@ -96,6 +96,12 @@ class Feedback:
     id: str | None
     output: str
     tenant: str = DEFAULT_TENANT
+    timestamp_ms: int = 0
+
+    @property
+    def target(self) -> str:
+        """The request that it is for; the position counts where both are named."""
+        return f"{self.tenant} id {self.id}" if self.position is None else f"{self.tenant} at {self.position}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +153,11 @@ class Answer:
         return best if best is not None and best.expert is not None else None
 
 
+def is_right(answer: str, output: str) -> bool:
+    """Whether an answer equals the right one, blanks at the ends aside."""
+    return answer.strip() == output.strip()
+
+
 class SampleReason(StrEnum):
     """Why a record was kept for learning."""
 
@@ -177,8 +188,8 @@ class Sample:
 
     @property
     def is_correct(self) -> bool | None:
-        """Whether the answer given equals the right one, blanks at the ends aside; None without a right one."""
-        return None if self.output is None else self.answer.strip() == self.output.strip()
+        """Whether the answer given is the right one; None without a right one."""
+        return None if self.output is None else is_right(self.answer, self.output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

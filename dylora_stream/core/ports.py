@@ -22,7 +22,7 @@ from dylora_stream.core.messages import (
 
 __all__ = [
     "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore",
-    "IndexFactory", "JobUpdate", "LoadFailure", "Partition", "Sink", "Source", "VectorIndex",
+    "IndexFactory", "JobUpdate", "LoadFailure", "OwnPositions", "Partition", "Sink", "Source", "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -32,7 +32,8 @@ Partition = tuple[str, int]  # topic, partition
 class Checkpoint:
     """How far a batch reaches: next offset a partition, the group metadata taken before the poll, and a note.
 
-    `group` is opaque to all but the stream room. `note` is stored beside the offsets (learn's outbox sequence).
+    `group` is opaque to all but the stream room. `note` is stored beside the offsets (learn's: the mark of the last
+    message of its outbox).
     """
 
     offsets: Mapping[Partition, int]
@@ -42,13 +43,28 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Records of one poll in partition order; empty when nothing came, or when the group changed on the way."""
+    """Records of one poll in partition order; empty when nothing came, or when the group changed on the way.
+
+    `restarted`: where reading goes on in partitions that did not hold the position to go on from. A reader with
+    positions of its own takes these over before it takes the records.
+    """
 
     records: tuple[RawRecord, ...] = ()
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(offsets={}))
+    restarted: Mapping[Partition, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.records)
+
+
+class OwnPositions(Protocol):
+    """Where a reader stands that keeps its positions itself, with what it took, and not in Kafka."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        """The next offset to take, a partition; one that is not there starts at its beginning."""
+
+    def stamps(self) -> Mapping[Partition, int]:
+        """The record time of the record before each position, milliseconds, where it is known."""
 
 
 class Source(Protocol):
@@ -56,7 +72,8 @@ class Source(Protocol):
 
     def poll(self, max_records: int, timeout_s: float) -> Batch:
         """Up to `max_records` new records; blocks at most `timeout_s`. Steps 1 and 2 of the transaction: group metadata
-        is taken first, and a batch whose generation changed on the way is dropped and rewound. Raises OffsetsLost,
+        is taken first, and a batch whose generation changed on the way is dropped and rewound. Raises OffsetsLost where
+        a topic does not hold the position to go on from, or has another record before it than was taken there;
         BrokerUnreachable, TopicMissing, Fenced."""
 
     def rewind(self) -> None:
@@ -67,9 +84,9 @@ class Source(Protocol):
         """End offset minus position, summed over the assigned partitions; NaN where it cannot be known now. May block
         for a round trip; never raises."""
 
-    def committed_note(self) -> str:
-        """The largest note stored beside the group's committed offsets, as an integer text; empty without one. Raises
-        BrokerUnreachable or TransactionAborted where it cannot be read now."""
+    def committed_notes(self) -> frozenset[str]:
+        """The notes stored beside the group's committed offsets, whoever of the group wrote them; none is empty. Raises
+        BrokerUnreachable or TransactionAborted where they cannot be read now."""
 
     def close(self) -> None:
         """Leave the group. May be called twice."""
@@ -113,6 +130,9 @@ class Codec(Protocol):
 
     def decode_registry(self, record: RawRecord) -> Registry | None:
         """The registry of a record of the experts topic; None for a manifest or a tombstone."""
+
+    def decode_manifest(self, record: RawRecord) -> ExpertVersion | None:
+        """The manifest of a record of the experts topic that is no registry; None for a tombstone."""
 
     def encode_result(
         self, request: Request, answer: Answer, *, model: str, registry_number: int, latency_ms: float

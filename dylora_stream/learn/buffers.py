@@ -285,4 +285,5 @@ def row_of(sample: Sample) -> LedgerRow:
         served_version=sample.version,
         state=RowState.WAITING,
         features=sample.features,
+        answer=sample.answer if sample.output is None else None,
     )

@@ -27,18 +27,18 @@ from dylora_stream.core.ledger import (
     JobKind,
     JobRecord,
     JobState,
-    LedgerRow,
     LedgerState,
     RowState,
 )
-from dylora_stream.core.messages import Feedback, Sample, SampleReason
+from dylora_stream.core.messages import Feedback, Sample
 from dylora_stream.core.ports import Clock, Codec, Partition
 from dylora_stream.learn.agenda import Agenda, JobRequest
 from dylora_stream.learn.buffers import Buffers, Moved, row_of
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecord
-from dylora_stream.learn.retirement import retirement
+from dylora_stream.learn.late_answers import LateAnswers
+from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecords
+from dylora_stream.learn.retirement import put_aside, retirement
 
 __all__ = ["Curator", "CuratorConfig"]
 
@@ -65,15 +65,14 @@ class Curator:
         self._knowledge = knowledge
         self.registry: Registry = state.registry
         self._buffers = Buffers(state, config.clustering, config.lifecycle)
-        self.left_running = state.jobs  # by the process that stopped
+        self.left_running, self.era = state.jobs, state.era  # as the process that stopped left them
+        self.late = LateAnswers(state, self._buffers, clock, config.lifecycle.expire_after_ms)
         self._busy = {job.job_id: frozenset(job.positions) for job in state.jobs}  # rows of running jobs
-        self._tracks: dict[str, TrackRecord] = {}
+        self._tracks = TrackRecords(state.rows)
         self._label_at: dict[str, int] = defaultdict(lambda: config.lifecycle.rows_to_seed)
         self._agenda = Agenda(self._buffers, config.lifecycle, clock, config.slots)
         self._told_held_back: set[str] = set()  # clusters of which it was said that the pool has no place
         knowledge.refresh(self.registry)
-        for row in state.rows:
-            self._remember(row)
 
     def buffer_age_s(self) -> float:
         """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
@@ -92,26 +91,27 @@ class Curator:
         changes = Changes(positions=dict(positions))
         fresh = {
             str(sample.position): sample
-            for sample in samples
+            for sample in self.late.complete(samples, changes)
             if str(sample.position) not in self._buffers.rows
         }
         for tenant in sorted({sample.tenant for sample in fresh.values()}):
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
             self._ask_for_labels(tenant, changes)
         for late in feedback:
-            self._label(late, changes)
+            labelled = self.late.take(late, self.registry, changes)
+            if labelled is not None:
+                self._tracks.add(labelled)
+        for request, late, reason in self.late.give_up(changes):
+            told = {"tenant": late.tenant, "reason": reason}
+            self._tell(EventType.FEEDBACK_UNMATCHED, request, late.target, changes, told)
         self._promote_mature(changes)
         self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
 
-    def remembers(self, late: Feedback) -> bool:
-        """Whether the row that a late answer is for is at hand."""
-        return self._buffers.find(late) is not None
-
-    def recall(self, row: LedgerRow) -> None:
-        """A row out of the ledger that has been waiting for an answer for long is at hand again."""
-        if row.state is RowState.UNLABELLED:
-            self._buffers.rows.put(row)
+    def knows_another(self, sample: Sample) -> bool:
+        """Whether another record than this one is at hand under its position."""
+        row = self._buffers.rows.get(str(sample.position))
+        return row is not None and (row.input, row.time_ms) != (sample.input, sample.timestamp_ms)
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""
@@ -126,7 +126,7 @@ class Curator:
             elif sample.output is None:
                 row = replace(row, state=RowState.UNLABELLED)
             self._buffers.put(row, changes)
-            self._remember(row)
+            self._tracks.add(row)
 
     def _ask_for_labels(self, tenant: str, changes: Changes) -> None:
         """Said once a buffer's worth of new rows without a right answer has come, and at each doubling."""
@@ -135,20 +135,10 @@ class Curator:
             self._label_at[tenant] = 2 * rows
             self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
 
-    def _label(self, late: Feedback, changes: Changes) -> None:
-        """A late answer joins its row; one without a row is reported."""
-        row = self._buffers.find(late)
-        if row is None or row.tenant != late.tenant:
-            entity = str(late.position or late.id)
-            self._tell(EventType.FEEDBACK_UNMATCHED, entity, entity, changes, {"tenant": late.tenant})
-        elif row.output is None:
-            state = RowState.WAITING if row.state is RowState.UNLABELLED else row.state
-            self._buffers.put(replace(row, output=late.output, state=state), changes)
-
     def _promote_mature(self, changes: Changes) -> None:
         """Experts whose record is long and good enough take their rows alone from now on."""
         for version in self.registry.experts:
-            track = self._tracks.get(version.expert_id, TrackRecord())
+            track = self._tracks.of(version.expert_id)
             if version.maturity is not Maturity.NASCENT or not track.is_mature(self._rules):
                 continue
             mature = replace(version, maturity=Maturity.MATURE)
@@ -341,6 +331,27 @@ class Curator:
         self._knowledge.refresh(self.registry)
         return changes
 
+    # ── adopt ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def adopt(self, registry: Registry, unpublished: Sequence[str]) -> Changes:
+        """Other experts are in service than was known here; those that the workers have not heard of are published."""
+        changes = Changes()
+        for version in self.registry.experts:
+            if registry.expert(version.expert_id) is None:
+                changes.rows |= put_aside(version.expert_id, self._buffers.rows.values())
+                self._buffers.dismiss(version.expert_id, changes.rows)
+        self.registry = changes.registry = registry
+        if unpublished:
+            self._publish(registry, unpublished, changes)
+        return changes
+
+    def look_again(self) -> Changes:
+        """Reads the experts of the registry and asks them about the rows that wait. Raises ExpertCorrupt."""
+        changes = Changes()
+        self._knowledge.refresh(self.registry)
+        self._reassign(changes)
+        return changes
+
     # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _reassign(self, changes: Changes) -> None:
@@ -379,11 +390,3 @@ class Curator:
         event = lifecycle_event(kind, entity, cause, self._clock.now_ms(), data)
         changes.messages.append(self._codec.encode_event(event))
         changes.events.append(kind)
-
-    def _remember(self, row: LedgerRow) -> None:
-        """What a row says of the expert that answered it."""
-        is_known = (
-            row.reason != SampleReason.NOVEL
-        )  # a new kind of record says nothing about who had to answer it
-        if is_known and row.is_correct is not None and row.served_by is not None:
-            self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)

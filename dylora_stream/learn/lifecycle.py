@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dylora_stream.core.ledger import LedgerRow
+from dylora_stream.core.messages import SampleReason
 
-__all__ = ["BackOff", "LifecycleConfig", "TrackRecord", "newest_distinct"]
+__all__ = ["BackOff", "LifecycleConfig", "TrackRecord", "TrackRecords", "newest_distinct"]
 
 FIRST_WAIT_S = 4.0  # of a back-off
 MOST_DOUBLINGS = 8  # of it: to 17 minutes
@@ -82,6 +83,24 @@ class TrackRecord:
     def is_mature(self, config: LifecycleConfig) -> bool:
         """Enough rows, enough of them right. Age plays no part."""
         return self.rows >= config.rows_to_mature and self.accuracy >= config.mature_accuracy
+
+
+class TrackRecords:
+    """The track records of all experts."""
+
+    def __init__(self, rows: Iterable[LedgerRow]) -> None:
+        self._tracks: dict[str, TrackRecord] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: LedgerRow) -> None:
+        """What a row says of the expert that answered it; one of a new kind, that somebody had to answer, nothing."""
+        if row.reason != SampleReason.NOVEL and row.is_correct is not None and row.served_by is not None:
+            self._tracks.setdefault(row.served_by, TrackRecord()).add(is_correct=row.is_correct)
+
+    def of(self, expert_id: str) -> TrackRecord:
+        """An expert's."""
+        return self._tracks.get(expert_id, TrackRecord())
 
 
 @dataclass(slots=True)

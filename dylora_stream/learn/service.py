@@ -2,16 +2,19 @@
 
 The order of a step:
 
-    1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction)
+    0  what the experts topic says is in service is taken over, see `learn.in_service`
+    1  the source takes the group's metadata, then polls (steps 1, 2 of the design's transaction); where a topic does
+       not hold the database's positions any more, these are set anew, committed, and the records taken after that
     2  the curator decides about new records; rows, decisions, positions and outbox commit together
     3  experts that an operator retires, and what the child said, are decided about and committed the same way; the
        folder of a job whose end is committed is removed
     4  the next job's folder is written, its start committed, and then the child is told
-    5  the outbox goes to Kafka in one transaction whose offset metadata carries its last sequence number
+    5  the outbox goes to Kafka in one transaction whose offset metadata carries the mark of its last message
     6  on TransactionAborted: rewind the source (to DuckDB's positions) and go on; the outbox is still there
 
-After a crash or an abort the number read from Kafka says which outbox entries are out already, so each message is sent
-once; while it cannot be read, nothing is sent.
+After a crash or an abort the mark read from Kafka says which messages of the outbox are out already, so each is sent
+once; while it cannot be read, nothing is sent. A mark names one message of one database: what a lost database or
+another learn has noted there says nothing of this one's.
 Torch is never imported here; all that needs the backbone is the child's.
 """
 
@@ -24,23 +27,25 @@ from typing import Any, Protocol
 
 import structlog
 
-from dylora_stream.core.errors import BadRecord, BrokerUnreachable, TrainingFailed, TransactionAborted
+from dylora_stream.core.errors import TrainingFailed, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
-from dylora_stream.core.messages import Feedback, RawRecord, Sample
+from dylora_stream.core.messages import RawRecord, Sample
 from dylora_stream.core.ports import (
+    Changelog,
     Checkpoint,
     Child,
     Clock,
     Codec,
     ExpertStore,
     JobUpdate,
-    Partition,
     Sink,
     Source,
 )
 from dylora_stream.learn.curator import Curator
+from dylora_stream.learn.in_service import ExpertsTopic, missing_from
+from dylora_stream.learn.intake import Intake
 from dylora_stream.learn.jobs import (
     job_digest,
     read_reference,
@@ -50,6 +55,7 @@ from dylora_stream.learn.jobs import (
     remove_jobs_but,
     write_job,
 )
+from dylora_stream.learn.outbox import Outbox
 from dylora_stream.learn.training import Training
 
 __all__ = ["LearnConfig", "LearnFolders", "LearnMetrics", "LearnPorts", "LearnService"]
@@ -63,6 +69,7 @@ class LearnConfig:
 
     batch_records: int = 256  # most samples of one DuckDB transaction
     poll_timeout_s: float = 0.25  # how long an idle poll blocks
+    registry_timeout_s: float = 30.0  # how long the start waits for the experts topic
     threads: int = 1  # of the child; with serve on the same two cores, one
     niceness: int = 10  # of the child, 0 to 19
     seed: int = 0  # of every job, with its rows
@@ -99,6 +106,7 @@ class LearnPorts:
 
     source: Source
     sink: Sink
+    experts: Changelog  # the experts topic
     ledger: Ledger
     child: Child
     store: ExpertStore
@@ -132,14 +140,21 @@ class LearnService:
         self._config = config
         self._training = training
         self._folders = folders
-        self._positions: dict[Partition, int] = {}
+        self._experts = ExpertsTopic(ports.codec)
+        self._outbox = Outbox(ports.ledger, ports.source, ports.sink)
+        self._intake = Intake(
+            ports.ledger,
+            ports.codec,
+            curator,
+            feature_space=training.feature_space,
+            feedback_topic=folders.feedback_topic,
+        )
         self._resume: deque[JobRecord] = deque()
         self._running: JobRecord | None = None
         self._progress_told = 0.0
         self._leaving: SimpleQueue[str] = SimpleQueue()  # experts to retire, asked for from other threads
         self.is_ready = False
         self._is_draining = False
-        self._is_in_doubt = False  # whether an aborted transaction may have happened after all
 
     def drain(self) -> None:
         """Finish the step at hand, then leave `run`. Callable from a signal handler."""
@@ -161,18 +176,24 @@ class LearnService:
         log.info("worker_stopped", role="learn")
 
     def recover(self) -> None:
-        """Go on where the last process stopped: published outbox entries are forgotten, running jobs taken up again,
-        and folders of ended ones removed."""
-        self._forget_published()
-        self._positions = self._ports.ledger.positions()
+        """Go on where the last process stopped: published messages are forgotten, the experts in service taken over,
+        running jobs taken up again, and folders of ended ones removed."""
+        self._outbox.forget_published()
+        self._experts.hear(self._ports.experts.catch_up(self._config.registry_timeout_s))
+        self._agree()
+        self._intake.resume(self._curator.era)
         self._resume.extend(self._curator.left_running)
         remove_jobs_but(self._folders.jobs, {job.job_id for job in self._resume})
         self._read_reference()
 
     def step(self) -> int:
-        """One round, 1 to 6; returns how many records it took."""
+        """One round, 0 to 6; returns how many records it took."""
+        if self._experts.hear(self._ports.experts.poll()):
+            self._agree()
         batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
+        if batch.restarted:
+            self._commit(self._intake.restart(batch.restarted))
         self._take(batch.records, batch.checkpoint)
         while not self._leaving.empty():
             self._commit(self._curator.retire(self._leaving.get()))
@@ -188,47 +209,30 @@ class LearnService:
         for kind in changes.events:
             self._ports.metrics.happened(kind)
 
+    # ── 0: the experts in service ────────────────────────────────────────────────────────────────────────────────────
+
+    def _agree(self) -> None:
+        """Committed before the experts' files are read: one that is damaged can then be retired by its name."""
+        agreed, published = self._experts.agree(
+            self._curator.registry, [message for _, message in self._ports.ledger.outbox()]
+        )
+        self._training.refuse_other_model(published)
+        unpublished = missing_from(published, agreed)
+        if agreed is self._curator.registry and not unpublished:
+            return
+        log.info("experts_adopted", experts=len(agreed.experts), unpublished=unpublished)
+        self._commit(self._curator.adopt(agreed, unpublished))
+        self._commit(self._curator.look_again())
+
     # ── 2: records ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, records: Sequence[RawRecord], checkpoint: Checkpoint) -> None:
-        fresh = [record for record in records if record.position.offset >= self._next_offset(record)]
-        samples: list[Sample] = []
-        feedback: list[Feedback] = []
-        for record in fresh:
-            try:
-                if record.position.topic == self._folders.feedback_topic:
-                    feedback.append(self._ports.codec.decode_feedback(record))
-                else:
-                    samples.append(self._ports.codec.decode_sample(record))
-            except BadRecord as error:
-                log.warning("sample_unreadable", position=str(record.position), reason=error.reason)
-        if fresh or any(self._positions.get(key, 0) < offset for key, offset in checkpoint.offsets.items()):
-            ahead = {
-                key: max(offset, self._positions.get(key, 0)) for key, offset in checkpoint.offsets.items()
-            }
-            for late in feedback:
-                self._recall(late)
-            usable = [sample for sample in samples if self._is_comparable(sample)]
-            self._commit(self._curator.take(usable, feedback, ahead))
-            self._positions |= ahead
-            self._ports.metrics.sampled(usable)
-
-    def _recall(self, late: Feedback) -> None:
-        """The row of an answer that comes very late lies in the ledger alone."""
-        if not self._curator.remembers(late):
-            row = self._ports.ledger.find(late)
-            if row is not None:
-                self._curator.recall(row)
-
-    def _is_comparable(self, sample: Sample) -> bool:
-        """Features of another backbone or stem say nothing here; such a sample is left out, and said to be."""
-        if sample.feature_space == self._training.feature_space:
-            return True
-        log.warning("sample_unreadable", position=str(sample.position), reason="other_feature_space")
-        return False
-
-    def _next_offset(self, record: RawRecord) -> int:
-        return self._positions.get((record.position.topic, record.position.partition), 0)
+        taken = self._intake.take(records, checkpoint)
+        if taken is not None:
+            changes = self._curator.take(taken.samples, taken.feedback, taken.positions)
+            changes.stamps, changes.era = taken.stamps, taken.era
+            self._commit(changes)
+            self._ports.metrics.sampled(taken.samples)
 
     # ── 3: what the child says ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -359,35 +363,8 @@ class LearnService:
     # ── 5, 6: the outbox ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _publish(self, checkpoint: Checkpoint) -> None:
-        pending = self._ports.ledger.outbox()
-        if not pending or checkpoint.group is None:
-            return
-        if self._is_in_doubt:
-            self._resolve_doubt()
-            return
-        last = pending[-1][0]
-        offsets = dict(checkpoint.offsets) or dict(self._positions)
         try:
-            marked = Checkpoint(offsets=offsets, group=checkpoint.group, note=str(last))
-            self._ports.sink.publish([message for _, message in pending], marked)
+            self._experts.sent(self._outbox.publish(checkpoint, self._intake.positions))
         except TransactionAborted as error:
-            log.warning("transaction_aborted", role="learn", reason=str(error), messages=len(pending))
+            log.warning("transaction_aborted", role="learn", reason=str(error))
             self._ports.metrics.aborted()
-            self._is_in_doubt = True  # a commit that ran into its time-out may have happened all the same
-            self._ports.source.rewind()
-            return
-        self._ports.ledger.published(last)
-
-    def _resolve_doubt(self) -> None:
-        """Read what the aborted transaction published after all; where that fails, ask again in the next round."""
-        try:
-            self._forget_published()
-        except (BrokerUnreachable, TransactionAborted) as error:
-            log.warning("outbox_in_doubt", reason=str(error))
-            return
-        self._is_in_doubt = False
-
-    def _forget_published(self) -> None:
-        note = self._ports.source.committed_note()
-        if note:
-            self._ports.ledger.published(int(note))

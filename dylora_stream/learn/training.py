@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dylora_stream.core.errors import ModelMismatch
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import JobKind, JobRecord
 from dylora_stream.core.ports import ExpertStore
@@ -24,6 +25,18 @@ class Training:
     feature_space: str
     prompt_template: str
     rank: int
+
+    def refuse_other_model(self, registry: Registry) -> None:
+        """Raises ModelMismatch where these experts are of another backbone or stem, as serve does."""
+        for what, found, own in (
+            ("backbone", registry.backbone, self.backbone),
+            ("feature space", registry.feature_space, self.feature_space),
+        ):
+            if found not in ("", own):
+                raise ModelMismatch(
+                    f"the experts in service were trained for the {what} {found[:32]}, this process runs {own[:32]}: "
+                    "set model.name and model.stem_layers back, or use another topic prefix"
+                )
 
     def description(self, request: JobRequest, registry: Registry, store: ExpertStore) -> dict[str, Any]:
         """All that the job's result depends on, besides its rows, the seed and the threads."""

@@ -2,7 +2,7 @@
 
 DuckDB lets one process have the file; a second one is told which and what to do. Rows go in as Arrow tables, fifty
 times faster than row by row. A write-ahead log that cannot be replayed is never deleted: the message says to move both
-files aside, and the topic rebuilds them.
+files aside, and what happens then.
 """
 
 import base64
@@ -10,7 +10,7 @@ import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, StoreError
-from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
+from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import (
     MOST_UNLABELLED,
     Changes,
-    ClusterRecord,
-    ClusterState,
-    JobKind,
-    JobRecord,
-    JobState,
     LedgerRow,
     LedgerState,
     LedgerSummary,
@@ -36,10 +31,26 @@ from dylora_stream.core.ledger import (
 )
 from dylora_stream.core.messages import Feedback, OutboundMessage, Topic
 from dylora_stream.core.ports import Partition
+from dylora_stream.store.late_answers import read_answers, write_answers
+from dylora_stream.store.records import (
+    CLUSTER_SCHEMA,
+    JOB_SCHEMA,
+    VERSION_SCHEMA,
+    cluster_of,
+    job_of,
+    job_values,
+    registry_of,
+    version_values,
+)
 
 __all__ = ["DatabaseConfig", "DuckLedger"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UPGRADED_FROM = 1  # by upgrade.sql
+WITHOUT_IT = (
+    "the samples topic rebuilds the rows and the experts stay in service; only this file knows which rows they were "
+    "trained on"
+)
 BROKEN = (
     duckdb.IOException,
     duckdb.SerializationException,
@@ -95,7 +106,7 @@ def database_errors(path: Path) -> Iterator[None]:
         if isinstance(error, BROKEN) or "replaying WAL" in text:  # which comes as a plain duckdb.Error
             raise DatabaseBroken(
                 f"{path} cannot be read: {text}. Move it and {path.name}.wal aside (do not delete them) and start "
-                "again: the samples topic rebuilds the rows"
+                f"again: {WITHOUT_IT}"
             ) from error
         raise StoreError(f"{path}: {text}") from error
     except OSError as error:
@@ -120,24 +131,26 @@ class DuckLedger:
             self._db = duckdb.connect(
                 str(path), config={"memory_limit": config.memory_limit, "threads": str(config.threads)}
             )
-            self._db.execute(files(__package__).joinpath("schema.sql").read_text())
+            self._db.execute(_script("schema.sql"))
             self._check_version()
 
     def _check_version(self) -> None:
         found = self._db.execute("SELECT max(version) FROM schema_version").fetchone()
         if found is None or found[0] is None:
             self._db.execute("INSERT INTO schema_version VALUES (?)", [SCHEMA_VERSION])
+        elif found[0] == UPGRADED_FROM:
+            self._db.execute(_script("upgrade.sql"))
         elif found[0] != SCHEMA_VERSION:
             raise DatabaseBroken(
-                f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; move the file aside: "
-                "the samples topic rebuilds it"
+                f"{self.path} has schema {found[0]}, this program writes {SCHEMA_VERSION}; run the program that "
+                f"wrote it, or move the file aside and start again: {WITHOUT_IT}"
             )
 
     def load(self, expert_texts: int | None = None) -> LedgerState:
         """See the port."""
         with database_errors(self.path):
             found = self._db.execute("SELECT document FROM registry").fetchone()
-            registry = _registry(json.loads(found[0])) if found else Registry()
+            registry = registry_of(json.loads(found[0])) if found else Registry()
             rows = self._rows(
                 LOADED,
                 {"unlabelled": MOST_UNLABELLED, "all": expert_texts is None}
@@ -147,10 +160,20 @@ class DuckLedger:
                 },
             )
             clusters = [
-                _cluster(row) for row in self._dicts("SELECT * FROM clusters ORDER BY created_ms, cluster_id")
+                cluster_of(row)
+                for row in self._dicts("SELECT * FROM clusters ORDER BY created_ms, cluster_id")
             ]
-            jobs = [_job(row) for row in self._dicts("SELECT * FROM jobs WHERE state = 'running'")]
-        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=tuple(jobs), registry=registry)
+            jobs = [job_of(row) for row in self._dicts("SELECT * FROM jobs WHERE state = 'running'")]
+            answers = read_answers(self._db)
+            era = self._db.execute("SELECT max(number) FROM era").fetchone()
+        return LedgerState(
+            rows=tuple(rows),
+            clusters=tuple(clusters),
+            jobs=tuple(jobs),
+            registry=registry,
+            answers=answers,
+            era=(era and era[0]) or 0,
+        )
 
     def commit(self, changes: Changes) -> None:
         """See the port."""
@@ -167,19 +190,23 @@ class DuckLedger:
         self._upsert("rows", [_row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
         self._forget(changes)
         self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
-        self._upsert("jobs", [_job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
-        self._upsert("versions", [_version_values(version) for version in changes.versions], VERSION_SCHEMA)
+        self._upsert("jobs", [job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
+        self._upsert("versions", [version_values(version) for version in changes.versions], VERSION_SCHEMA)
         if changes.registry is not None:
             document = json.dumps(asdict(changes.registry))
             self._db.execute("INSERT OR REPLACE INTO registry VALUES (1, ?)", [document])
         for (topic, partition), offset in changes.positions.items():
-            self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", [topic, partition, offset])
+            values = [topic, partition, offset, changes.stamps.get((topic, partition))]
+            self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?, ?)", values)
+        if changes.era is not None:
+            self._db.execute("INSERT OR REPLACE INTO era VALUES (1, ?)", [changes.era])
+        write_answers(self._db, changes.answers)
         for message in changes.messages:
             headers = json.dumps(
                 [[name, base64.b64encode(value).decode()] for name, value in message.headers]
             )
             self._db.execute(
-                "INSERT INTO outbox (topic, key, value, headers) VALUES (?, ?, ?, ?)",
+                "INSERT INTO outbox (mark, topic, key, value, headers) VALUES (uuid()::VARCHAR, ?, ?, ?, ?)",
                 [message.topic, message.key, message.value, headers],
             )
 
@@ -208,21 +235,31 @@ class DuckLedger:
             found = self._db.execute("SELECT topic, part, next_offset FROM positions").fetchall()
         return {(topic, partition): offset for topic, partition, offset in found}
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+    def stamps(self) -> dict[Partition, int]:
         """See the port."""
         with database_errors(self.path):
             found = self._db.execute(
-                "SELECT sequence, topic, key, value, headers FROM outbox ORDER BY sequence"
+                "SELECT topic, part, stamp_ms FROM positions WHERE stamp_ms IS NOT NULL"
             ).fetchall()
-        return [
-            (sequence, OutboundMessage(topic=Topic(topic), key=key, value=value, headers=_headers(headers)))
-            for sequence, topic, key, value, headers in found
-        ]
+        return {(topic, partition): stamp for topic, partition, stamp in found}
 
-    def published(self, sequence: int) -> None:
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """See the port."""
         with database_errors(self.path):
-            self._db.execute("DELETE FROM outbox WHERE sequence <= ?", [sequence])
+            found = self._db.execute(
+                "SELECT mark, topic, key, value, headers FROM outbox ORDER BY sequence"
+            ).fetchall()
+        return [
+            (mark, OutboundMessage(topic=Topic(topic), key=key, value=value, headers=_headers(headers)))
+            for mark, topic, key, value, headers in found
+        ]
+
+    def published(self, mark: str) -> None:
+        """See the port."""
+        with database_errors(self.path):
+            self._db.execute(
+                "DELETE FROM outbox WHERE sequence <= (SELECT sequence FROM outbox WHERE mark = ?)", [mark]
+            )
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """See the port."""
@@ -290,49 +327,21 @@ ROW_TEXTS = (
     "state",
     "cluster_id",
     "expert_id",
+    "answer",
 )
 ROW_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ROW_TEXTS]
     + [("choices", pa.list_(pa.string())), ("time_ms", pa.int64()), ("served_version", pa.int32())]
     + [("is_correct", pa.bool_()), ("is_trained", pa.bool_()), ("features", FLOATS), ("sketch", FLOATS)]
 )
-CLUSTER_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("cluster_id", "skill_id", "tenant", "state", "expert_id")]
-    + [("created_ms", pa.int64()), ("rows_wanted", pa.int32()), ("rejections", pa.int32())]
-)
-JOB_SCHEMA = pa.schema(
-    [
-        (name, pa.string())
-        for name in ("job_id", "kind", "tenant", "state", "cluster_id", "expert_id", "report")
-    ]
-    + [("created_ms", pa.int64()), ("positions", pa.list_(pa.string())), ("version", pa.int32())]
-)
-VERSION_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("expert_id", "skill_id", "maturity", "job_id", "manifest")]
-    + [("version", pa.int32()), ("parent", pa.int32())]
-)
+
+
+def _script(name: str) -> str:
+    return files(__package__).joinpath(name).read_text()
 
 
 def _row_values(row: LedgerRow) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in fields(row)}
-
-
-def _job_values(job: JobRecord) -> dict[str, Any]:
-    return {field.name: getattr(job, field.name) for field in fields(job)} | {
-        "report": json.dumps(dict(job.report))
-    }
-
-
-def _version_values(version: ExpertVersion) -> dict[str, Any]:
-    return {
-        "expert_id": version.expert_id,
-        "version": version.version,
-        "skill_id": version.skill_id,
-        "parent": version.parent,
-        "maturity": version.maturity,
-        "job_id": version.trained_on.get("job"),
-        "manifest": json.dumps(asdict(version)),
-    }
 
 
 def _row(values: dict[str, Any]) -> LedgerRow:
@@ -352,28 +361,6 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
             for part, valid in zip(parts, chunk.is_valid().to_pylist(), strict=True)
         ]
     return found
-
-
-def _cluster(values: dict[str, Any]) -> ClusterRecord:
-    return ClusterRecord(**values | {"state": ClusterState(values["state"])})
-
-
-def _job(values: dict[str, Any]) -> JobRecord:
-    typed = {"kind": JobKind(values["kind"]), "state": JobState(values["state"])}
-    return JobRecord(
-        **values | typed | {"positions": tuple(values["positions"]), "report": json.loads(values["report"])}
-    )
-
-
-def _registry(document: dict[str, Any]) -> Registry:
-    experts = tuple(
-        ExpertVersion(
-            **entry | {"storage": StoredFolder(**entry["storage"]), "maturity": Maturity(entry["maturity"])}
-        )
-        for entry in document["experts"]
-    )
-    router = StoredFolder(**document["router"]) if document["router"] else None
-    return replace(Registry(**document | {"experts": (), "router": None}), experts=experts, router=router)
 
 
 def _headers(text: str) -> tuple[tuple[str, bytes], ...]:

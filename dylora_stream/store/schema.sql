@@ -1,4 +1,4 @@
--- Learn's memory, version 1. A row is keyed by its position on the requests topic, so taking one twice changes nothing.
+-- Learn's memory, version 2. A row is keyed by its position on the requests topic, so taking one twice changes nothing.
 
 CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL);
 
@@ -19,7 +19,8 @@ CREATE TABLE IF NOT EXISTS rows (
     sketch         FLOAT[],
     cluster_id     VARCHAR,
     expert_id      VARCHAR,
-    is_trained     BOOLEAN NOT NULL
+    is_trained     BOOLEAN NOT NULL,
+    answer         VARCHAR           -- what was answered, as long as nobody has said whether that was right
 );
 
 CREATE TABLE IF NOT EXISTS clusters (
@@ -59,11 +60,23 @@ CREATE TABLE IF NOT EXISTS versions (
 
 CREATE TABLE IF NOT EXISTS registry (id INTEGER PRIMARY KEY, document VARCHAR NOT NULL);
 
+CREATE TABLE IF NOT EXISTS era (id INTEGER PRIMARY KEY, number INTEGER NOT NULL);   -- of the requests topic
+
 CREATE TABLE IF NOT EXISTS positions (
     topic       VARCHAR NOT NULL,
     part        INTEGER NOT NULL,
     next_offset BIGINT  NOT NULL,
+    stamp_ms    BIGINT,              -- time of the record before it, by which a topic that was made anew is known
     PRIMARY KEY (topic, part)
+);
+
+CREATE TABLE IF NOT EXISTS late_answers (   -- whose row has not come yet
+    target     VARCHAR PRIMARY KEY,
+    tenant     VARCHAR NOT NULL,
+    position   VARCHAR,
+    request_id VARCHAR,
+    output     VARCHAR NOT NULL,
+    time_ms    BIGINT  NOT NULL
 );
 
 CREATE SEQUENCE IF NOT EXISTS outbox_sequence;
@@ -73,5 +86,6 @@ CREATE TABLE IF NOT EXISTS outbox (
     topic    VARCHAR NOT NULL,
     key      BLOB,
     value    BLOB,
-    headers  VARCHAR NOT NULL        -- JSON: [[name, base64], …]
+    headers  VARCHAR NOT NULL,       -- JSON: [[name, base64], …]
+    mark     VARCHAR NOT NULL        -- names this message of all that there are, see core.ledger.Ledger.outbox
 );

@@ -88,6 +88,7 @@ def decode_feedback(record: RawRecord, limits: RecordLimits = DEFAULT_LIMITS) ->
         id=data.id,
         output=data.output,
         tenant=data.tenant if data.tenant is not None else DEFAULT_TENANT,
+        timestamp_ms=record.timestamp_ms,
     )
 
 

@@ -8,14 +8,16 @@ Steps 1 and 2 of the transaction that `sink` ends (the numbers are the design's,
 Metadata taken later would let a member that lost its partitions commit what it polled two generations ago: the client
 rebalances on its IO thread, between a poll and a commit too. *Rewind* seeks every assigned partition to its committed
 offset, read from the broker; the batch's first offset may belong to another owner by now. With `positions` the reader's
-own positions take the place of the committed offsets.
+own positions take the place of the committed offsets; where a topic does not hold them, the batch says where reading
+goes on instead. A topic that was made anew may have grown past them: so reading starts with the record before, which
+must have the time of the one that was taken there, and is not handed out again.
 
 Invariant: no record is handed out before its generation's partitions were settled at the position to go on from.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -39,7 +41,7 @@ from dylora_stream.core.errors import (
     TransactionAborted,
 )
 from dylora_stream.core.messages import Position, RawRecord, Topic
-from dylora_stream.core.ports import Batch, Checkpoint
+from dylora_stream.core.ports import Batch, Checkpoint, OwnPositions, Partition
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
 from dylora_stream.stream.pacing import poll
 
@@ -47,8 +49,6 @@ __all__ = ["CLOSE_S", "KafkaSource", "in_order"]
 
 CLOSE_S = 5.0  # for leaving the group
 UNSETTLED = -1  # no generation: the client's own mark for "not a member"
-
-Positions = Callable[[], Mapping[tuple[str, int], int]]
 
 log = structlog.get_logger(__name__)
 
@@ -72,9 +72,9 @@ def in_order(polled: Mapping[TopicPartition, Sequence[ConsumerRecord]]) -> tuple
 class KafkaSource:
     """One member of a consumer group (core.ports.Source).
 
-    `positions` are the reader's own: the next offset a partition, a partition that is not in them starts at its
-    beginning. `witness` is a topic that this group's work writes to: records in it prove that the group has worked
-    before, so that missing committed offsets are lost ones and not those of a first start.
+    `own` are the reader's own positions, in place of the committed offsets. `witness` is a topic that this group's work
+    writes to: records in it prove that the group has worked before, so that missing committed offsets are lost ones
+    and not those of a first start.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class KafkaSource:
         config: KafkaConfig,
         topics: Sequence[Topic],
         *,
-        positions: Positions | None = None,
+        own: OwnPositions | None = None,
         witness: Topic | None = None,
     ) -> None:
         self._config = config
         self._topics = [config.topic(topic) for topic in topics]
-        self._positions = positions
+        self._own = own
+        self._unproved: dict[TopicPartition, tuple[int, int]] = {}  # position, time of the record before
         self._witness = None if witness is None else config.topic(witness)
         self._is_paced = config.is_embedded
         self._generation = UNSETTLED
@@ -117,6 +118,7 @@ class KafkaSource:
     def _poll(self, max_records: int, timeout_s: float) -> Batch:
         with kafka_errors(f"reading {', '.join(self._topics)}"):
             group = self._consumer.group_metadata()  # 1
+            restarted: dict[Partition, int] = {}
             try:
                 polled = poll(  # 2
                     self._consumer, timeout_s, max_records=max_records, is_paced=self._is_paced
@@ -125,7 +127,9 @@ class KafkaSource:
                 polled = {}
                 self._generation = UNSETTLED
             except OffsetOutOfRangeError as error:
-                self._restart_lost(error.args[0] if error.args and isinstance(error.args[0], dict) else {})
+                restarted = self._restart_lost(
+                    error.args[0] if error.args and isinstance(error.args[0], dict) else {}
+                )
                 polled = {}
             except CorruptRecordError as error:
                 raise self._unreadable(error) from error
@@ -136,12 +140,16 @@ class KafkaSource:
                 self._settle()
                 return Batch()
             self._check_alive(has_records=bool(polled))
+            polled, others = self._proved(polled)
+            if others:
+                restarted = self._restart_lost(others)
         offsets = {
             (partition.topic, partition.partition): records[-1].offset + 1
             for partition, records in polled.items()
             if records
         }
-        return Batch(records=in_order(polled), checkpoint=Checkpoint(offsets=offsets, group=group))
+        checkpoint = Checkpoint(offsets=offsets, group=group)
+        return Batch(records=in_order(polled), checkpoint=checkpoint, restarted=restarted)
 
     def rewind(self) -> None:
         """See core.ports.Source.rewind. The next poll seeks: what a transaction failed for may last a moment longer."""
@@ -168,12 +176,12 @@ class KafkaSource:
         """The partitions that this member owns now."""
         return frozenset((partition.topic, partition.partition) for partition in self._consumer.assignment())
 
-    def committed_note(self) -> str:
-        """See core.ports.Source.committed_note. Before the first assignment every partition of the topics counts."""
+    def committed_notes(self) -> frozenset[str]:
+        """See core.ports.Source.committed_notes. Before the first assignment every partition of the topics counts."""
         with kafka_errors("reading the committed notes"):
             partitions = self._consumer.assignment() or self._all_partitions()
             notes = [found.metadata for found in self._committed(partitions).values()]
-        return max((note for note in notes if note.isdecimal()), key=int, default="")
+        return frozenset(note for note in notes if note)
 
     def close(self) -> None:
         """See core.ports.Source.close. The static member is taken out, so that others get its partitions at once."""
@@ -197,7 +205,7 @@ class KafkaSource:
             self._check_alive(has_records=False)
             return
         try:
-            starts = self._own_starts(assigned) if self._positions else self._committed_starts(assigned)
+            starts = self._own_starts(assigned, self._own) if self._own else self._committed_starts(assigned)
         except KafkaTimeoutError:
             self._check_alive(has_records=False)
             return
@@ -209,11 +217,30 @@ class KafkaSource:
         self._last_answer_s = time.monotonic()
         self._generation = group.generation_id
 
-    def _own_starts(self, assigned: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-        assert self._positions is not None
-        own = self._positions()
-        starts = {part: own[part.topic, part.partition] for part in assigned if tuple(part) in own}
-        return starts | self._edge("earliest", [part for part in assigned if part not in starts])
+    def _own_starts(self, assigned: Sequence[TopicPartition], own: OwnPositions) -> dict[TopicPartition, int]:
+        """The own positions, or the record before each where the topic still has it."""
+        positions, stamps = own.positions(), own.stamps()
+        first = self._edge("earliest", assigned)
+        starts = {part: positions.get(tuple(part), first[part]) for part in assigned}
+        self._unproved = {
+            part: (start, stamps[tuple(part)])
+            for part, start in starts.items()
+            if tuple(part) in stamps and start > first[part]
+        }
+        return starts | {part: start - 1 for part, (start, _) in self._unproved.items()}
+
+    def _proved(
+        self, polled: Mapping[TopicPartition, Sequence[ConsumerRecord]]
+    ) -> tuple[dict[TopicPartition, Sequence[ConsumerRecord]], dict[TopicPartition, int]]:
+        """The records behind the own positions, and positions before which another record stands than was taken."""
+        proved, others = dict(polled), {}
+        for part, records in polled.items():
+            position, stamp = self._unproved.pop(part, (0, 0))
+            if records[0].offset == position - 1:
+                proved[part] = records[1:]
+                if raw_record(records[0]).timestamp_ms != stamp:
+                    proved[part], others[part] = (), position
+        return proved, others
 
     def _committed_starts(self, assigned: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         starts = {part: found.offset for part, found in self._committed(assigned).items()}
@@ -247,18 +274,33 @@ class KafkaSource:
             "kafka.start_from to `earliest` (answer everything again) or `latest` (skip what is there)"
         )
 
-    def _restart_lost(self, lost: Mapping[TopicPartition, int]) -> None:
-        """Committed offsets that the topic no longer holds: go on from `start_from`, or stop with an explanation."""
+    def _restart_lost(self, lost: Mapping[TopicPartition, int]) -> dict[Partition, int]:
+        """Positions that the topic no longer holds: go on from `start_from`, or stop with an explanation.
+
+        The client tells of one partition at a time; where topics were made anew all are looked at together.
+        """
+        who = f"group {self._config.group}"
+        if self._own is not None:
+            who, lost = "this worker's database", {**lost, **self._own_lost(self._own.positions())}
         where = ", ".join(f"{part.topic}:{part.partition}:{offset}" for part, offset in lost.items())
         if self._config.start_from is None or not lost:
             raise OffsetsLost(
-                f"group {self._config.group} stands at {where or 'an offset'}, which its topic does not hold "
+                f"{who} stands at {where or 'an offset'}, which its topic does not hold "
                 "(deleted by retention, or the topic was made anew). Set kafka.start_from to `earliest` or "
                 "`latest` to go on"
             )
-        for partition, offset in self._edge(self._config.start_from, list(lost)).items():
+        starts = self._edge(self._config.start_from, list(lost))
+        for partition, offset in starts.items():
+            self._unproved.pop(partition, None)
             self._consumer.seek(partition, offset)
         log.warning("offsets_lost", positions=where, start_from=self._config.start_from)
+        return {(part.topic, part.partition): offset for part, offset in starts.items()}
+
+    def _own_lost(self, own: Mapping[Partition, int]) -> dict[TopicPartition, int]:
+        """The reader's own positions that lie outside of their partitions."""
+        mine = [part for part in sorted(self._consumer.assignment()) if tuple(part) in own]
+        first, last = self._edge("earliest", mine), self._edge("latest", mine)
+        return {part: own[tuple(part)] for part in mine if not first[part] <= own[tuple(part)] <= last[part]}
 
     def _unreadable(self, error: CorruptRecordError) -> BrokerError:
         """The client cannot get past a record that is broken, or whose header names are not UTF-8; nor can we."""

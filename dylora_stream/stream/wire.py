@@ -64,6 +64,10 @@ class WireCodec:
         """See the port."""
         return codec.decode_registry(record) if record.key == codec.REGISTRY_KEY else None
 
+    def decode_manifest(self, record: RawRecord) -> ExpertVersion | None:
+        """See the port."""
+        return codec.decode_manifest(record)
+
     def encode_result(
         self, request: Request, answer: Answer, *, model: str, registry_number: int, latency_ms: float
     ) -> OutboundMessage:

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import tempfile
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,8 +39,10 @@ class MemoryLedger:
         self._versions: dict[tuple[str, int], str] = {}  # (expert, version) -> job
         self._registry = Registry()
         self._positions: dict[Partition, int] = {}
-        self._outbox: list[tuple[int, OutboundMessage]] = []
-        self._sequence = 0
+        self._stamps: dict[Partition, int] = {}
+        self._answers: dict[str, Feedback] = {}
+        self._era = 0
+        self._outbox: list[tuple[str, OutboundMessage]] = []
 
     def load(self, expert_texts: int | None = None) -> LedgerState:
         """See the port."""
@@ -53,7 +56,15 @@ class MemoryLedger:
         clusters = sorted(
             self._clusters.values(), key=lambda cluster: (cluster.created_ms, cluster.cluster_id)
         )
-        return LedgerState(rows=tuple(rows), clusters=tuple(clusters), jobs=running, registry=self._registry)
+        answers = sorted(self._answers.values(), key=lambda late: (late.timestamp_ms, late.target))
+        return LedgerState(
+            rows=tuple(rows),
+            clusters=tuple(clusters),
+            jobs=running,
+            registry=self._registry,
+            answers=tuple(answers),
+            era=self._era,
+        )
 
     def _newest(self, rows: Sequence[LedgerRow], texts: int) -> set[str]:
         """Positions of running jobs' rows, and of the newest rows of each served expert's newest texts."""
@@ -69,7 +80,7 @@ class MemoryLedger:
     def commit(self, changes: Changes) -> None:
         """See the port."""
         jobs = {(each.expert_id, each.version): str(each.trained_on.get("job")) for each in changes.versions}
-        messages = list(enumerate(changes.messages, start=self._sequence + 1))
+        messages = [(uuid.uuid4().hex, message) for message in changes.messages]
         self._rows |= changes.rows
         before_ms = changes.unlabelled_before_ms
         self._rows = {
@@ -83,20 +94,29 @@ class MemoryLedger:
         self._versions |= jobs
         self._registry = changes.registry or self._registry
         self._positions |= changes.positions
+        unmoved = {part: stamp for part, stamp in self._stamps.items() if part not in changes.positions}
+        self._stamps = unmoved | changes.stamps
+        self._era = self._era if changes.era is None else changes.era
+        answers = self._answers | changes.answers
+        self._answers = {target: late for target, late in answers.items() if late is not None}
         self._outbox += messages
-        self._sequence += len(messages)
 
     def positions(self) -> dict[Partition, int]:
         """See the port."""
         return dict(self._positions)
 
-    def outbox(self) -> list[tuple[int, OutboundMessage]]:
+    def stamps(self) -> dict[Partition, int]:
+        """See the port."""
+        return dict(self._stamps)
+
+    def outbox(self) -> list[tuple[str, OutboundMessage]]:
         """See the port."""
         return list(self._outbox)
 
-    def published(self, sequence: int) -> None:
+    def published(self, mark: str) -> None:
         """See the port."""
-        self._outbox = [entry for entry in self._outbox if entry[0] > sequence]
+        marks = [entry[0] for entry in self._outbox]
+        self._outbox = self._outbox[marks.index(mark) + 1 :] if mark in marks else self._outbox
 
     def find(self, late: Feedback) -> LedgerRow | None:
         """See the port."""

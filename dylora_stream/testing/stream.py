@@ -1,9 +1,10 @@
 """Kafka in memory: a broker, a source, a sink, a changelog, and a clock that moves when told to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from dylora_stream.core.errors import Fenced, TransactionAborted
+from dylora_stream.core.errors import Fenced, OffsetsLost, TransactionAborted
 from dylora_stream.core.messages import (
     Headers,
     OutboundMessage,
@@ -11,7 +12,7 @@ from dylora_stream.core.messages import (
     RawRecord,
     Topic,
 )
-from dylora_stream.core.ports import Batch, Checkpoint, Partition
+from dylora_stream.core.ports import Batch, Checkpoint, OwnPositions, Partition
 
 __all__ = ["ManualClock", "MemoryBroker", "MemoryChangelog", "MemorySink", "MemorySource"]
 
@@ -116,9 +117,11 @@ class MemorySource:
         topics: Sequence[Topic],
         *,
         group: str = "dylora.serve",
-        positions: Callable[[], Mapping[Partition, int]] | None = None,
+        own: OwnPositions | None = None,
+        start_from: Literal["earliest", "latest"] | None = None,
     ) -> None:
-        self._broker, self._name, self._positions = broker, group, positions
+        self._broker, self._name, self._own = broker, group, own
+        self._start_from = start_from
         self._partitions = [each for topic in topics for each in broker.partitions(broker.name(topic))]
         self._group = broker.group(group)
         self._group.generation += 1
@@ -131,6 +134,7 @@ class MemorySource:
         """See core.ports.Source.poll; never waits."""
         if self._group.owner is not self:
             return Batch()
+        restarted = self._restart_lost()
         taken: list[RawRecord] = []
         offsets: dict[Partition, int] = {}
         for partition in self._partitions:
@@ -140,15 +144,33 @@ class MemorySource:
                 taken.extend(records)
                 self._next[partition] = offsets[partition] = start + len(records)
         return Batch(
-            records=tuple(taken), checkpoint=Checkpoint(offsets=offsets, group=(self._name, self._generation))
+            records=tuple(taken),
+            checkpoint=Checkpoint(offsets=offsets, group=(self._name, self._generation)),
+            restarted=restarted,
         )
 
     def rewind(self) -> None:
         """See core.ports.Source.rewind."""
-        own = self._positions() if self._positions is not None else None
+        own = self._own.positions() if self._own is not None else None
+        self._unproved = dict(self._own.stamps()) if self._own is not None else {}
         for partition in self._partitions:
             committed = self._group.committed.get(partition, (0, ""))[0]
             self._next[partition] = committed if own is None else own.get(partition, 0)
+
+    def _restart_lost(self) -> dict[Partition, int]:
+        """Positions in a topic that was made anew: beyond its end, or behind another record than was taken."""
+        ends = {each: len(self._broker.logs[each]) for each in self._partitions}
+        lost = {each: end for each, end in ends.items() if self._next[each] > end or self._is_other(each)}
+        if lost and self._start_from is None:
+            raise OffsetsLost(f"{sorted(lost)} do not hold the position to go on from; set start_from")
+        restarted = {each: end if self._start_from == "latest" else 0 for each, end in lost.items()}
+        self._next |= restarted
+        return restarted
+
+    def _is_other(self, partition: Partition) -> bool:
+        stamp, start = self._unproved.pop(partition, None), self._next[partition]
+        before = self._broker.logs[partition][max(start - 1, 0) : start]
+        return stamp is not None and any(record.timestamp_ms != stamp for record in before)
 
     def lag_records(self) -> int:
         """See core.ports.Source.lag_records."""
@@ -156,12 +178,10 @@ class MemorySource:
             return 0
         return sum(len(self._broker.logs[each]) - self._next[each] for each in self._partitions)
 
-    def committed_note(self) -> str:
-        """See core.ports.Source.committed_note."""
-        notes = [
-            note for offset, note in (self._group.committed.get(each, (0, "")) for each in self._partitions)
-        ]
-        return max((note for note in notes if note.isdecimal()), key=int, default="")
+    def committed_notes(self) -> frozenset[str]:
+        """See core.ports.Source.committed_notes."""
+        notes = (self._group.committed.get(each, (0, ""))[1] for each in self._partitions)
+        return frozenset(note for note in notes if note)
 
     def assignment(self) -> frozenset[Partition]:
         """The partitions that this member owns now."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 from learning import CODEC
@@ -40,7 +41,8 @@ from dylora_stream.store.database import DuckLedger
 ledger = DuckLedger(Path(sys.argv[1]))
 message = OutboundMessage(topic=Topic.EVENTS, key=b"k", value=b"v")
 ledger.commit(Changes(messages=[message] * 3, positions={("samples", 0): 7}))
-ledger.published(int(sys.argv[2]))
+for mark, _ in ledger.outbox()[:int(sys.argv[2])]:
+    ledger.published(mark)
 print("committed", flush=True)
 sys.stdin.read()
 """
@@ -76,6 +78,7 @@ def row(number: int, **changes: object) -> LedgerRow:
         served_version=2,
         state=RowState.WAITING,
         features=np.linspace(-1, number, 5, dtype=np.float32),
+        answer="an answer",
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -133,7 +136,14 @@ def assert_same_rows(found: list[LedgerRow], wanted: list[LedgerRow]) -> None:
 
 def test_rows_come_back_as_they_were(ledger: Ledger) -> None:
     """In the order of time; every field, empty ones and arrays too."""
-    bare = {"request_id": None, "output": None, "choices": (), "is_correct": None, "served_by": None}
+    bare = {
+        "answer": None,
+        "request_id": None,
+        "output": None,
+        "choices": (),
+        "is_correct": None,
+        "served_by": None,
+    }
     rows = [
         row(1, **bare, state=RowState.UNLABELLED),
         row(2, sketch=np.arange(3, dtype=np.float32), state=RowState.CLUSTERED, cluster_id="c-1"),
@@ -231,15 +241,39 @@ def test_an_empty_ledger_has_an_empty_state(ledger: Ledger) -> None:
     assert ledger_positions(ledger) == {}
 
 
+def test_late_answers_are_kept_until_their_row_has_come(ledger: Ledger) -> None:
+    """Oldest first; the last one for a record counts; those that were let go of are gone."""
+    at = Feedback(position=Position("requests", 0, 7), id=None, output="é", tenant="acme", timestamp_ms=9)
+    named = Feedback(position=None, id="at 7", output="", timestamp_ms=5)
+    both = Feedback(position=Position("requests", 1, 7), id="id", output="x", timestamp_ms=7)
+    ledger.commit(Changes(answers={late.target: late for late in (at, named, both)}))
+    ledger = reloaded(ledger)
+    assert ledger.load().answers == (named, both, at)
+    newer = replace(both, output="y")
+    ledger.commit(Changes(answers={at.target: None, newer.target: newer, "default id unheard of": None}))
+    assert reloaded(ledger).load().answers == (named, newer)
+
+
+def test_the_era_is_kept_with_the_positions_that_begin_it(ledger: Ledger) -> None:
+    """The first is 0; changes that say nothing of it leave it as it is."""
+    assert ledger.load().era == 0
+    ledger.commit(Changes(positions={("samples", 0): 0}, era=1))
+    ledger.commit(Changes(positions={("samples", 0): 5}))
+    ledger = reloaded(ledger)
+    assert (ledger.load().era, ledger.positions()) == (1, {("samples", 0): 5})
+
+
 def ledger_positions(ledger: Ledger) -> dict[tuple[str, int], int]:
     """After a restart."""
     return reloaded(ledger).positions()
 
 
 def test_positions_are_kept_by_partition(ledger: Ledger) -> None:
-    """The newest offset of each; others stay as they are."""
-    ledger.commit(Changes(positions={("samples", 0): 5, ("samples", 1): 2}))
+    """The newest offset of each, with the time of the record before it, if it is given; others stay as they are."""
+    before = {("samples", 0): 50, ("samples", 1): 20}
+    ledger.commit(Changes(positions={("samples", 0): 5, ("samples", 1): 2}, stamps=before))
     ledger.commit(Changes(positions={("samples", 0): 9}))
+    assert ledger.stamps() == {("samples", 1): 20}
     assert ledger_positions(ledger) == {("samples", 0): 9, ("samples", 1): 2}
 
 
@@ -251,17 +285,19 @@ def test_a_commit_is_all_or_nothing(ledger: Ledger) -> None:
         versions=["no version"],  # type: ignore[list-item]
         messages=messages(b"1"),
         positions={("samples", 0): 5},
+        answers={"t id x": Feedback(position=None, id="x", output="y", tenant="t")},
     )
     with pytest.raises((AttributeError, TypeError)):
         ledger.commit(broken)
     ledger = reloaded(ledger)
     assert (ledger.load().rows, ledger.load().jobs, ledger.positions(), ledger.outbox()) == ((), (), {}, [])
+    assert ledger.load().answers == ()
     ledger.commit(Changes(rows={"requests:0:2": row(2)}))
     assert len(ledger.load().rows) == 1
 
 
 def test_the_outbox_keeps_order_and_bytes(ledger: Ledger) -> None:
-    """Over several commits, with tombstones and headers; sequence numbers grow."""
+    """Over several commits, with tombstones and headers; each message has a mark of its own."""
     first = messages(b"1", b"2")
     tombstone = OutboundMessage(
         topic=Topic.EXPERTS, key=None, value=None, headers=(("h", b"\xff"), ("h", b""))
@@ -270,12 +306,11 @@ def test_the_outbox_keeps_order_and_bytes(ledger: Ledger) -> None:
     ledger.commit(Changes(messages=[tombstone, CODEC.encode_registry(Registry())]))
     entries = reloaded(ledger).outbox()
     assert [message for _, message in entries] == [*first, tombstone, CODEC.encode_registry(Registry())]
-    numbers = [number for number, _ in entries]
-    assert numbers == sorted(set(numbers))
+    assert len({mark for mark, _ in entries}) == len(entries)
 
 
-def test_published_messages_are_forgotten_and_their_numbers_never_used_again(ledger: Ledger) -> None:
-    """A number that Kafka already holds must not come back, or its message would be taken for published."""
+def test_published_messages_are_forgotten_and_their_marks_never_used_again(ledger: Ledger) -> None:
+    """A mark that Kafka already holds must not come back, or its message would be taken for published."""
     ledger.commit(Changes(messages=messages(b"1", b"2", b"3")))
     second = ledger.outbox()[1][0]
     ledger.published(second)
@@ -284,8 +319,20 @@ def test_published_messages_are_forgotten_and_their_numbers_never_used_again(led
     ledger.published(last)
     ledger = reloaded(ledger)
     ledger.commit(Changes(messages=messages(b"4")))
+    for mark in (second, last):
+        ledger.published(mark)
     assert [message.value for _, message in ledger.outbox()] == [b"4"]
-    assert ledger.outbox()[0][0] > last
+
+
+def test_a_mark_of_another_ledger_says_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    """Nor does the sequence number that an earlier version noted in Kafka, where the file it came from is gone."""
+    other = DuckLedger(tmp_path / "other.duckdb")
+    for each in (ledger, other):
+        each.commit(Changes(messages=messages(b"1", b"2")))
+    for mark in (other.outbox()[-1][0], "1", "99", ""):
+        ledger.published(mark)
+    assert [message.value for _, message in ledger.outbox()] == [b"1", b"2"]
+    other.close()
 
 
 def test_training_rows_are_listed_in_the_order_of_training(ledger: Ledger) -> None:
@@ -367,17 +414,39 @@ def test_another_schema_version_is_reported(tmp_path: Path) -> None:
         DuckLedger(path)
 
 
+def test_a_file_of_version_1_is_upgraded(tmp_path: Path) -> None:
+    """With all that it holds, and once: also where the process dies right after it."""
+    path = tmp_path / "learn.duckdb"
+    with duckdb.connect(str(path)) as old:
+        old.execute(Path(__file__).with_name("schema_1.sql").read_text())
+        old.execute("INSERT INTO schema_version VALUES (1)")
+        old.execute(
+            "INSERT INTO rows VALUES ('t:0:1', 'id', 'default', 'text', NULL, ['a'], 'novel', 5, NULL, 'e-1', 1, "
+            "'unlabelled', [0.5, 1.5], NULL, NULL, NULL, false)"
+        )
+        for value in (b"1", b"2", b"3"):
+            old.execute(
+                "INSERT INTO outbox (topic, key, value, headers) VALUES ('events', 'k', ?, '[]')", [value]
+            )
+    with writer(path) as process:
+        process.kill()
+    ledger = DuckLedger(path)
+    assert [each.input for each in ledger.load().rows] == ["text"]
+    ledger.published("2")  # what version 1 noted in Kafka
+    assert [message.value for _, message in ledger.outbox()] == [b"3", b"v", b"v", b"v"]
+    ledger.close()
+
+
 @pytest.mark.parametrize("published", [0, 3])
 def test_what_was_committed_survives_kill_9(tmp_path: Path, published: int) -> None:
-    """Positions and outbox of an acknowledged commit are there; sequence numbers go on after them."""
+    """Positions and outbox of an acknowledged commit are there; new messages come after them."""
     path = tmp_path / "learn.duckdb"
     with writer(path, published) as process:
         os.kill(process.pid, signal.SIGKILL)
     ledger = DuckLedger(path)
     assert ledger.positions() == {("samples", 0): 7}
-    assert [number for number, _ in ledger.outbox()] == [1, 2, 3][published:]
     ledger.commit(Changes(messages=messages(b"next")))
-    assert ledger.outbox()[-1][0] > 3
+    assert [message.value for _, message in ledger.outbox()] == [b"v", b"v", b"v", b"next"][published:]
     ledger.close()
 
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pytest
 
-from dylora_stream.core.errors import Fenced, TransactionAborted
+from dylora_stream.core.errors import Fenced, OffsetsLost, TransactionAborted
 from dylora_stream.core.messages import OutboundMessage, RawRecord, Topic
 from dylora_stream.core.ports import Batch, Changelog, Checkpoint, Partition, Sink, Source
 from dylora_stream.stream.broker import EmbeddedIds
@@ -22,7 +23,23 @@ from dylora_stream.testing import MemoryBroker, MemoryChangelog, MemorySink, Mem
 
 PATIENCE_S = 20.0
 
-Positions = Callable[[], Mapping[Partition, int]]
+Edge = Literal["earliest", "latest"]
+
+
+@dataclass
+class Own:
+    """A reader's own positions, as a database keeps them."""
+
+    at: dict[Partition, int]
+    times: dict[Partition, int] = field(default_factory=dict)
+
+    def positions(self) -> Mapping[Partition, int]:
+        """See the port."""
+        return self.at
+
+    def stamps(self) -> Mapping[Partition, int]:
+        """See the port."""
+        return self.times
 
 
 class Room(Protocol):
@@ -31,7 +48,13 @@ class Room(Protocol):
     def name(self, topic: Topic) -> str:
         """The broker's name of a topic."""
 
-    def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
+    def source(
+        self,
+        *topics: Topic,
+        own: Own | None = None,
+        instance: str = "0",
+        start_from: Edge | None = None,
+    ) -> Source:
         """A member of the test's group."""
 
     def sink(self, transactional_id: str = "test") -> Sink:
@@ -51,9 +74,15 @@ class MemoryRoom:
         """The broker's name of a topic."""
         return self._broker.name(topic)
 
-    def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
+    def source(
+        self,
+        *topics: Topic,
+        own: Own | None = None,
+        instance: str = "0",
+        start_from: Edge | None = None,
+    ) -> Source:
         """A member of the test's group."""
-        return MemorySource(self._broker, topics, positions=positions)
+        return MemorySource(self._broker, topics, own=own, start_from=start_from)
 
     def sink(self, transactional_id: str = "test") -> Sink:
         """A sink with this id."""
@@ -75,11 +104,16 @@ class KafkaRoom:
         """The broker's name of a topic."""
         return self._config.topic(topic)
 
-    def source(self, *topics: Topic, positions: Positions | None = None, instance: str = "0") -> Source:
+    def source(
+        self,
+        *topics: Topic,
+        own: Own | None = None,
+        instance: str = "0",
+        start_from: Edge | None = None,
+    ) -> Source:
         """A member of the test's group."""
-        source = KafkaSource(
-            dataclasses.replace(self._config, instance=instance), topics, positions=positions
-        )
+        config = dataclasses.replace(self._config, instance=instance, start_from=start_from)
+        source = KafkaSource(config, topics, own=own)
         self._stack.callback(source.close)
         return source
 
@@ -197,16 +231,17 @@ def test_rewinding_without_a_commit_gives_the_same_records_again(room: Room) -> 
 def test_rewinding_after_a_commit_goes_on_behind_it(room: Room) -> None:
     """Messages, offsets and note arrive together."""
     sink, source = room.sink(), room.source(Topic.REQUESTS)
-    assert source.committed_note() == ""
+    assert source.committed_notes() == frozenset()
     ask(sink, 10)
     for number, batch in enumerate(take(source, 10), start=1):
-        sink.publish(answers(batch), dataclasses.replace(batch.checkpoint, note=str(number + 8)))
+        sink.publish(answers(batch), dataclasses.replace(batch.checkpoint, note=f"mark-{number}"))
     source.rewind()
     end = time.monotonic() + PATIENCE_S
     while source.lag_records() and time.monotonic() < end:
         assert not source.poll(100, 0.5)
     assert source.lag_records() == 0
-    assert int(source.committed_note()) >= 9
+    assert source.committed_notes()
+    assert all(note.startswith("mark-") for note in source.committed_notes())
     ask(sink, 3, start=10)
     assert values(take(source, 3)) == [10, 11, 12]
     assert sorted(
@@ -230,11 +265,83 @@ def test_own_positions_decide_where_to_read(room: Room) -> None:
     """Learn's database, and not the committed offset, says what comes next; an unknown partition starts at 0."""
     positions: dict[Partition, int] = {}
     ask(room.sink(), 8, topic=Topic.SAMPLES)
-    source = room.source(Topic.SAMPLES, positions=lambda: positions)
+    source = room.source(Topic.SAMPLES, own=Own(positions))
     assert values(take(source, 8)) == list(range(8))
     positions[room.name(Topic.SAMPLES), 0] = 5
     source.rewind()
     assert values(take(source, 3)) == [5, 6, 7]
+
+
+def until_restarted(source: Source) -> Batch:
+    """The batch that says where reading goes on."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        batch = source.poll(100, 0.5)
+        if batch.restarted:
+            return batch
+    raise AssertionError(f"nothing was restarted in {PATIENCE_S} s")
+
+
+def test_own_positions_that_a_topic_does_not_hold_stop_the_reader(room: Room) -> None:
+    """As after the topic was made anew: it says so, and what to set."""
+    ask(room.sink(), 3, topic=Topic.SAMPLES)
+    source = room.source(Topic.SAMPLES, own=Own({(room.name(Topic.SAMPLES), 0): 50}))
+    with pytest.raises(OffsetsLost, match="start_from"):
+        take(source, 1)
+
+
+def test_where_reading_goes_on_instead_is_told_with_the_batch(room: Room) -> None:
+    """Of every partition at once; a rewind goes back to the own positions, which the reader has set anew by then."""
+    sink = room.sink()
+    ask(sink, 3, topic=Topic.SAMPLES)
+    ask(sink, 2, start=3, topic=Topic.FEEDBACK)
+    samples, feedback = (room.name(Topic.SAMPLES), 0), (room.name(Topic.FEEDBACK), 0)
+    positions = {samples: 50, feedback: 70}
+    source = room.source(Topic.SAMPLES, Topic.FEEDBACK, own=Own(positions), start_from="earliest")
+    batch = until_restarted(source)
+    assert batch.restarted == {samples: 0, feedback: 0}
+    again = room.source(Topic.SAMPLES, Topic.FEEDBACK, own=Own(positions), start_from="earliest")
+    source.close()
+    batch = until_restarted(again)
+    positions |= batch.restarted
+    again.rewind()
+    assert values(take(again, 5)) == [0, 1, 2, 3, 4]
+
+
+def test_reading_may_go_on_at_the_end(room: Room) -> None:
+    """With `latest` what is there is skipped."""
+    sink = room.sink()
+    ask(sink, 3, topic=Topic.SAMPLES)
+    samples = (room.name(Topic.SAMPLES), 0)
+    source = room.source(Topic.SAMPLES, own=Own({samples: 50}), start_from="latest")
+    restarted = until_restarted(source).restarted[samples]
+    assert restarted >= 3
+    ask(sink, 1, start=9, topic=Topic.SAMPLES)
+    assert values(take(source, 1)) == [9]
+
+
+@pytest.mark.parametrize("is_other", [True, False])
+def test_another_record_before_the_own_position_is_found_out(room: Room, *, is_other: bool) -> None:
+    """The topic was made anew and has grown past it; the record that was taken is not handed out again."""
+    ask(room.sink(), 8, topic=Topic.SAMPLES)
+    samples = (room.name(Topic.SAMPLES), 0)
+    plain = room.source(Topic.SAMPLES, own=Own({}))
+    records = [record for batch in take(plain, 8) for record in batch.records]
+    plain.close()
+    place = records[4].position.offset
+    own = Own({samples: place + 1}, {samples: records[4].timestamp_ms + is_other})
+    if not is_other:
+        source = room.source(Topic.SAMPLES, own=own)
+        assert values(take(source, 3)) == [5, 6, 7]
+        source.rewind()
+        assert values(take(source, 3)) == [5, 6, 7]
+        return
+    source = room.source(Topic.SAMPLES, own=own)
+    with pytest.raises(OffsetsLost, match="start_from"):
+        take(source, 1)
+    source.close()
+    source = room.source(Topic.SAMPLES, own=own, start_from="earliest")
+    assert until_restarted(source).restarted == {samples: 0}
 
 
 def test_two_topics_can_be_read_at_once(room: Room) -> None:

@@ -191,7 +191,7 @@ def test_a_producer_fenced_inside_its_transaction_ends_too(config: KafkaConfig, 
     with pytest.raises(Fenced):
         older.publish(answers(batch), batch.checkpoint)
     assert answered(config) == Counter()
-    assert source.committed_note() == ""
+    assert source.committed_notes() == frozenset()
 
 
 def test_rewinding_takes_the_committed_offset_and_not_the_batch_s_first(

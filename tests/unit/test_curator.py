@@ -383,7 +383,7 @@ def test_an_answer_to_a_new_kind_does_not_count_against_the_expert_that_gave_it(
 
 
 def test_a_late_answer_labels_its_row() -> None:
-    """By position or by id of the request; a row that waited for its label may then be gathered."""
+    """By position or by id of the request; a row that waited for its answer may then be gathered."""
     desk = Desk()
     desk.take(texts("apple", 0, 2), output=None)
     assert {row.state for row in desk.rows} == {RowState.UNLABELLED}
@@ -395,16 +395,6 @@ def test_a_late_answer_labels_its_row() -> None:
         (RowState.WAITING, "ONE"),
         (RowState.WAITING, "TWO"),
     ]
-
-
-def test_a_late_answer_without_its_row_is_an_event() -> None:
-    """So is one that comes under another tenant's name."""
-    desk = Desk()
-    desk.take(["apple 0"], output=None)
-    nowhere = desk.hear(Feedback(position=None, id="unheard of", output="x"))
-    foreign = desk.hear(Feedback(position=None, id="id-0", output="x", tenant="other"))
-    assert nowhere.events == foreign.events == [EventType.FEEDBACK_UNMATCHED]
-    assert desk.rows[0].output is None
 
 
 def test_tenants_never_mix() -> None:

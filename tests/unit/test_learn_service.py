@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,9 +26,16 @@ from learning import (
 )
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import BrokerUnreachable, ExpertUnknown, TransactionAborted
+from dylora_stream.core.errors import (
+    BrokerUnreachable,
+    ExpertCorrupt,
+    ExpertUnknown,
+    ModelMismatch,
+    OffsetsLost,
+    TransactionAborted,
+)
 from dylora_stream.core.events import EventType
-from dylora_stream.core.experts import ExpertVersion, Maturity
+from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
 from dylora_stream.core.messages import OutboundMessage, Position, Sample, Topic
 from dylora_stream.core.ports import Checkpoint
@@ -36,12 +43,14 @@ from dylora_stream.core.recipes import CONSOLIDATION, SEEDING
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.learn.curator import Curator, CuratorConfig
 from dylora_stream.learn.knowledge import Knowledge
+from dylora_stream.learn.retirement import retirement
 from dylora_stream.learn.service import LearnConfig, LearnFolders, LearnPorts, LearnService
 from dylora_stream.learn.training import Training
 from dylora_stream.stream import codec
 from dylora_stream.testing import (
     ManualClock,
     MemoryBroker,
+    MemoryChangelog,
     MemoryExpertStore,
     MemoryIndex,
     MemoryLedger,
@@ -107,17 +116,17 @@ class SilentSink(MemorySink):
 
 
 class SlowSource(MemorySource):
-    """Does not get the committed note from its broker three times, once the group has one."""
+    """Does not get the committed notes from its broker three times, once the group has one."""
 
     slow_answers = 3
 
-    def committed_note(self) -> str:
+    def committed_notes(self) -> frozenset[str]:
         """See the port."""
-        note = super().committed_note()
-        if note and self.slow_answers:
+        notes = super().committed_notes()
+        if notes and self.slow_answers:
             self.slow_answers -= 1
             raise BrokerUnreachable("no answer in time")
-        return note
+        return notes
 
 
 class DyingChild(ScriptedChild):
@@ -137,6 +146,7 @@ class Workshop:
         self.metrics = CountingMetrics()
         self.submitted: list[str] = []
         self.is_able = True
+        self.start_from: Literal["earliest", "latest"] | None = None
         self.start()
 
     def start(
@@ -147,11 +157,18 @@ class Workshop:
     ) -> None:
         """A new process on what the last one left."""
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
-        self.source = source(self.broker, topics, group=GROUP, positions=self.ledger.positions)
+        self.source = source(
+            self.broker,
+            topics,
+            group=GROUP,
+            own=self.ledger,
+            start_from=self.start_from,
+        )
         self.sink = sink(self.broker, "dylora.learn.0")
         ports = LearnPorts(
             source=self.source,
             sink=self.sink,
+            experts=MemoryChangelog(self.broker),
             ledger=self.ledger,
             child=child(self.work),
             store=self.store,
@@ -174,7 +191,21 @@ class Workshop:
         """Samples, as serve writes them."""
         for offset, text in enumerate(inputs, start=begin):
             message = CODEC.encode_sample(sample(text, offset, timestamp_ms=self.clock.now_ms()))
-            self.broker.append(message.topic, message.value, message.key, message.headers)
+            self.broker.append(
+                message.topic, message.value, message.key, message.headers, self.clock.now_ms()
+            )
+
+    def make_topics_anew(self) -> None:
+        """As after the broker's data were deleted."""
+        for log in self.broker.logs.values():
+            log.clear()
+        self.broker.groups.clear()
+
+    def feed_back(self, offset: int, output: str) -> None:
+        """A late answer."""
+        answer = {"position": str(Position("dylora.requests", 0, offset)), "output": output}
+        now_ms = self.clock.now_ms()
+        self.broker.append(Topic.FEEDBACK, json.dumps(answer).encode(), b"k", timestamp_ms=now_ms)
 
     def steps(self, count: int) -> None:
         """Rounds of the loop, a second each."""
@@ -211,6 +242,11 @@ class Workshop:
         """The lifecycle events that are on the broker."""
         found = [codec.decode_event(record) for record in self.broker.records(Topic.EVENTS)]
         return [event for event in found if kind in (None, event.type)]
+
+    def registries(self) -> list[list[str]]:
+        """The experts of every registry record, in order."""
+        records = [each for each in self.broker.records(Topic.EXPERTS) if each.key == codec.REGISTRY_KEY]
+        return [[version.expert_id for version in codec.decode_registry(each).experts] for each in records]
 
     def published(self) -> list[tuple[object, ...]]:
         """Every message on the broker that learn sent."""
@@ -309,11 +345,11 @@ def test_the_outbox_is_published_once_though_nobody_noted_it(tmp_path: Path, und
 
         is_alive = True
 
-        def published(self, sequence: int) -> None:
+        def published(self, mark: str) -> None:
             """See the port."""
             if not self.is_alive:
                 raise SystemExit
-            super().published(sequence)
+            super().published(mark)
 
     workshop = Workshop(tmp_path)
     workshop.ledger = ForgetfulLedger()
@@ -344,6 +380,119 @@ def test_a_commit_that_happened_without_an_answer_is_not_sent_again(
     assert kinds_of(workshop) == kinds_of(undisturbed)
 
 
+def test_what_a_lost_ledger_noted_says_nothing_of_the_new_ones_outbox(workshop: Workshop) -> None:
+    """Far more had been published before it was lost; a crash before Kafka's commit still loses no message."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    assert workshop.source.committed_notes()
+    workshop.ledger = MemoryLedger()
+    workshop.start()
+    workshop.sink.fail_next(SystemExit())
+    with pytest.raises(SystemExit):
+        workshop.steps(STEPS)
+    pending = [message for _, message in workshop.ledger.outbox()]
+    assert pending
+    workshop.start()
+    assert [message for _, message in workshop.ledger.outbox()] == pending
+
+
+@pytest.mark.parametrize("point", range(0, 9, 2))
+def test_a_lost_ledger_withdraws_no_expert(tmp_path: Path, point: int) -> None:
+    """The experts stay in service from its first round on, also over a crash; their rows come back to them."""
+    workshop = Workshop(tmp_path)
+    for begin, kind in enumerate(("apple", "bolt")):
+        workshop.send(texts(kind, 0, 30), 30 * begin)
+        workshop.steps(STEPS)
+    (before,) = workshop.registries()[-1:]
+    assert len(before) == 2
+    workshop.ledger = MemoryLedger()
+    workshop.start()
+    assert [version.expert_id for version in workshop.ledger.load().registry.experts] == before
+    workshop.steps(point)
+    workshop.start()
+    workshop.send(texts("cloud", 0, 30), 60)
+    workshop.steps(2 * STEPS)
+    assert all(set(before) <= set(names) for names in workshop.registries()[1:])
+    assert len(workshop.registries()[-1]) == 3
+    owners = {row.input.split()[0]: row.expert_id for row in workshop.ledger.load().rows}
+    assert [owners["apple"], owners["bolt"]] == before
+
+
+def test_a_topic_made_anew_hears_of_the_experts_again(workshop: Workshop) -> None:
+    """Manifests first, then the registry, once."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    before = [record.value for record in workshop.broker.records(Topic.EXPERTS)]
+    workshop.broker.logs[workshop.broker.name(Topic.EXPERTS), 0].clear()
+    workshop.start()
+    workshop.steps(3)
+    assert [record.value for record in workshop.broker.records(Topic.EXPERTS)] == before
+
+
+def test_experts_of_another_learn_stay_in_service(workshop: Workshop) -> None:
+    """It publishes without having read of ours, and later retires one of its own; ours is never missed for long."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    (ours,) = workshop.ledger.load().registry.experts
+    folder = workshop.folder / "theirs"
+    folder.mkdir()
+    (folder / "rows.json").write_text(json.dumps(texts("bolt", 0, 30)))
+    theirs = replace(ours, expert_id="theirs", storage=workshop.store.put(folder))
+    both = workshop.ledger.load().registry.with_expert(theirs)
+    for message in (CODEC.encode_manifest(theirs), CODEC.encode_registry(replace(both, experts=(theirs,)))):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(2)
+    assert set(workshop.registries()[-1]) == {ours.expert_id, "theirs"}
+    workshop.steps(2)
+    assert len(workshop.registries()) == 3
+    retired = replace(theirs, maturity=Maturity.RETIRED)
+    for message in (CODEC.encode_manifest(retired), CODEC.encode_registry(replace(both, experts=(ours,)))):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(1)
+    assert workshop.ledger.load().registry.experts == (ours,)
+    assert len(workshop.registries()) == 4
+
+
+def test_rows_of_an_expert_that_was_retired_elsewhere_are_put_aside(workshop: Workshop) -> None:
+    """As where it is retired here."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    registry = workshop.ledger.load().registry
+    (expert,) = registry.experts
+    retired = replace(expert, maturity=Maturity.RETIRED)
+    for message in (
+        CODEC.encode_manifest(retired),
+        CODEC.encode_registry(registry.without(expert.expert_id)),
+    ):
+        workshop.broker.append(message.topic, message.value, message.key)
+    workshop.steps(1)
+    assert workshop.ledger.load().registry.experts == ()
+    assert {row.state for row in workshop.ledger.load().rows} == {RowState.SETTLED}
+
+
+def test_an_adopted_expert_without_its_files_can_be_retired(workshop: Workshop) -> None:
+    """Learn says that they are gone and ends; its database has the name by then, for `experts retire`."""
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    workshop.ledger, workshop.store = MemoryLedger(), MemoryExpertStore()
+    with pytest.raises(ExpertCorrupt):
+        workshop.start()
+    registry = workshop.ledger.load().registry
+    workshop.ledger.commit(retirement(registry.experts[0], registry, [], CODEC, 0))
+    workshop.start()
+    workshop.steps(1)
+    assert workshop.registries()[-1] == []
+
+
+def test_experts_of_another_backbone_are_not_taken_over(workshop: Workshop) -> None:
+    """Nor withdrawn: learn ends with what to do, as serve does."""
+    foreign = CODEC.encode_registry(replace(Registry(), feature_space="older", backbone="digest"))
+    workshop.broker.append(foreign.topic, foreign.value, foreign.key)
+    with pytest.raises(ModelMismatch, match="set model.name"):
+        workshop.start()
+    assert len(workshop.broker.records(Topic.EXPERTS)) == 1
+
+
 def test_an_outbox_in_doubt_waits_until_the_broker_says_what_it_has(
     tmp_path: Path, undisturbed: Workshop
 ) -> None:
@@ -372,6 +521,103 @@ def test_rows_below_the_ledgers_positions_are_skipped(workshop: Workshop) -> Non
     assert workshop.metrics.sampled_rows == 5
 
 
+def test_topics_made_anew_stop_learn_until_it_is_told_where_to_start(workshop: Workshop) -> None:
+    """It does not wait for offsets that come some day, and skips nothing unasked."""
+    workshop.send(INPUTS[:20])
+    workshop.steps(3)
+    workshop.make_topics_anew()
+    workshop.start()
+    workshop.send(texts("bolt", 0, 10))
+    with pytest.raises(OffsetsLost, match="start_from"):
+        workshop.steps(1)
+
+
+@pytest.mark.parametrize("point", range(4))
+@pytest.mark.parametrize("goes_wrong", ["abort", "restart"])
+def test_samples_of_topics_made_anew_are_taken_once_and_old_rows_stay(
+    tmp_path: Path, point: int, goes_wrong: str
+) -> None:
+    """Their positions are those of old rows: also of those that an expert was trained on. Whatever goes wrong."""
+    workshop = Workshop(tmp_path)
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    before = workshop.ledger.load()
+    (expert,) = (version.expert_id for version in before.registry.experts)
+    workshop.make_topics_anew()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.send(texts("bolt", 0, len(INPUTS)))
+    workshop.steps(point)
+    if goes_wrong == "abort":
+        workshop.sink.fail_next()
+    else:
+        workshop.start()
+    workshop.steps(2 * STEPS)
+    rows = workshop.ledger.load().rows
+    assert Counter(row.input for row in rows) == Counter([*INPUTS, *texts("bolt", 0, len(INPUTS))])
+    assert {row.position: row.input for row in before.rows}.items() <= {
+        r.position: r.input for r in rows
+    }.items()
+    assert sorted(row.input for row in workshop.ledger.training_rows(expert, 1)) == sorted(INPUTS)
+    assert workshop.ledger.load().era == 1
+    assert expert in workshop.registries()[-1]
+    assert len(workshop.registries()[-1]) == 2
+
+
+def test_a_late_answer_after_topics_were_made_anew_is_for_the_new_record(workshop: Workshop) -> None:
+    """The old row of the same position stays without one; who is told of an answer reads the position that he knows."""
+    old = CODEC.encode_sample(sample("apple 0", 0, output=None))
+    workshop.broker.append(old.topic, old.value, old.key, old.headers)
+    workshop.send(INPUTS[1:5], 1)
+    workshop.steps(1)
+    workshop.make_topics_anew()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.feed_back(0, "new")
+    new = CODEC.encode_sample(sample("bolt 0", 0, output=None))
+    workshop.broker.append(new.topic, new.value, new.key, new.headers)
+    workshop.steps(1)
+    assert {row.input: row.output for row in workshop.ledger.load().rows if row.input.endswith(" 0")} == {
+        "apple 0": None, "bolt 0": "new",
+    }  # fmt: skip
+    workshop.feed_back(3, "for nobody")
+    workshop.send(["bolt 9"], 9)
+    workshop.steps(1)
+    (event,) = workshop.events(EventType.FEEDBACK_UNMATCHED)
+    assert event.entity == "dylora.requests:0:3"
+
+
+def test_a_requests_topic_that_was_made_anew_alone_is_noticed(workshop: Workshop) -> None:
+    """Another record stands at the position of a row: from there on the positions are new ones, also over a restart."""
+    workshop.send(INPUTS[:10])
+    workshop.send(INPUTS[:5])
+    workshop.steps(2)
+    assert workshop.ledger.load().era == 0
+    workshop.send(texts("bolt", 3, 8), 3)
+    workshop.steps(1)
+    workshop.start()
+    workshop.send(texts("bolt", 8, 10), 8)
+    workshop.steps(1)
+    state = workshop.ledger.load()
+    assert state.era == 1
+    assert Counter(row.input for row in state.rows) == Counter([*INPUTS[:10], *texts("bolt", 3, 10)])
+
+
+def test_feedback_made_anew_alone_begins_no_era(workshop: Workshop) -> None:
+    """Positions of requests mean what they meant."""
+    workshop.send(INPUTS[:5])
+    workshop.feed_back(99, "x")
+    workshop.steps(1)
+    workshop.broker.logs[workshop.broker.name(Topic.FEEDBACK), 0].clear()
+    workshop.start_from = "earliest"
+    workshop.start()
+    workshop.steps(1)
+    workshop.feed_back(98, "y")
+    workshop.steps(1)
+    assert {late.output for late in workshop.ledger.load().answers} == {"x", "y"}
+    assert workshop.ledger.load().era == 0
+
+
 def test_samples_of_another_feature_space_are_left_aside(workshop: Workshop) -> None:
     """Their features mean something else; the position moves on."""
     foreign = CODEC.encode_sample(sample("apple 1", 0, feature_space="older"))
@@ -392,6 +638,37 @@ def test_feedback_labels_a_row(workshop: Workshop) -> None:
     workshop.steps(1)
     row = workshop.ledger.load().rows[0]
     assert (row.output, row.state) == ("APPLE 1", RowState.WAITING)
+
+
+@pytest.mark.parametrize("point", range(8))
+@pytest.mark.parametrize("goes_wrong", ["abort", "restart"])
+def test_feedback_that_is_read_ahead_of_its_samples_is_not_lost(
+    workshop: Workshop, point: int, goes_wrong: str
+) -> None:
+    """A backlog of both, all feedback first, whatever goes wrong on the way: each answer is there once."""
+    for offset in range(40):
+        answer = {"position": str(Position("dylora.requests", 0, offset)), "output": f"right {offset}"}
+        workshop.broker.append(
+            Topic.FEEDBACK, json.dumps(answer).encode(), b"k", timestamp_ms=workshop.clock.now_ms()
+        )
+        message = CODEC.encode_sample(
+            sample(f"apple {offset}", offset, output=None, timestamp_ms=workshop.clock.now_ms())
+        )
+        workshop.broker.append(message.topic, message.value, message.key, message.headers)
+    workshop.source._partitions.reverse()
+    workshop.steps(point)
+    if goes_wrong == "abort":
+        workshop.sink.fail_next()
+    else:
+        workshop.start()
+        workshop.source._partitions.reverse()
+    workshop.steps(8)
+    rows = workshop.ledger.load().rows
+    assert [row.output for row in sorted(rows, key=lambda row: int(row.input.split()[1]))] == [
+        f"right {offset}" for offset in range(40)
+    ]
+    assert not workshop.events(EventType.FEEDBACK_UNMATCHED)
+    assert workshop.ledger.load().answers == ()
 
 
 def test_feedback_labels_a_row_that_lies_in_the_ledger_alone(workshop: Workshop) -> None:

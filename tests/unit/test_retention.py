@@ -106,11 +106,11 @@ def test_a_very_late_answer_finds_its_row_in_the_ledger(monkeypatch: pytest.Monk
     for begin in range(0, 200, 20):
         desk.take(texts("apple", begin, begin + 20), output=None)
     late = Feedback(position=None, id="id-3", output="APPLE 3")
-    assert not desk.curator.remembers(late)
+    assert not desk.curator.late.remembers(late)
     assert len(desk.rows) == 200
     found = desk.ledger.find(late)
     assert found is not None
-    desk.curator.recall(found)
+    desk.curator.late.recall(found)
     desk.hear(late)
     (labelled,) = [each for each in desk.rows if each.output is not None]
     assert (labelled.input, labelled.state) == ("apple 3", RowState.WAITING)

@@ -44,7 +44,14 @@ from dylora_stream.model.trial import Workshop
 from dylora_stream.settings import Settings
 from dylora_stream.store.experts import FolderStore
 from dylora_stream.stream.wire import WireCodec
-from dylora_stream.testing import ManualClock, MemoryBroker, MemoryLedger, MemorySink, MemorySource
+from dylora_stream.testing import (
+    ManualClock,
+    MemoryBroker,
+    MemoryChangelog,
+    MemoryLedger,
+    MemorySink,
+    MemorySource,
+)
 
 __all__ = ["Played", "play", "trainer"]
 
@@ -126,8 +133,9 @@ class StreamLearner:
         self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
         ports = LearnPorts(
-            source=MemorySource(self._broker, topics, group="learn", positions=self.ledger.positions),
+            source=MemorySource(self._broker, topics, group="learn", own=self.ledger),
             sink=MemorySink(self._broker, "learn"),
+            experts=MemoryChangelog(self._broker),
             ledger=self.ledger,
             child=self.child,
             store=store,
