@@ -183,7 +183,7 @@ def test_mora_weighs_the_signed_largest_and_cuts_only_while_serving(stage: Stage
         scores = np.where(member, low / np.linalg.norm(low[member]), -np.inf)
         top = np.argsort(-scores)[:3]
         expected = np.zeros_like(scores)
-        expected[top] = softmax(scores[top] / 0.2)
+        expected[top] = 3 * softmax(scores[top] / 0.2)
         np.testing.assert_allclose(training[row, place].flatten(), expected, atol=1e-5)
         np.testing.assert_allclose(
             serving[row, place].flatten(), np.where(scores >= 0.4, expected, 0), atol=1e-5
