@@ -1,41 +1,70 @@
-"""How attention is computed while an expert trains.
+"""How a pass computes attention: by plain products where they are faster, else by the model's fused kernel.
 
-The fused kernel keeps no scores and computes them anew on the way back. On a CPU in bfloat16 that way back alone took a
-fifth of a training (8 rows of 104 tokens; with plain products 6.8 s instead of 9.1 s; in float32 both are equal, and on
-a GPU the fused kernel is the better one). Plain products keep the scores, so they are for rows that are not too long.
+On a CPU in bfloat16 the fused kernel is the slower one for rows of up to some hundred tokens, on its way back most of
+all. Plain products take, of the fused kernel's time:
+
+    a pass over 16 rows of 64 tokens, 16 of 128, 4 of 512          0.95, 0.88, 0.83
+    writing 16 tokens behind these                                 0.85, 0.79, 0.79
+    training an expert, batches of 8 rows of 104 tokens            0.75
+
+For a row of 2048 tokens they take 1.15; in float32 both are equal, and on a GPU the fused kernel is better. Plain
+products keep their scores, one layer's at a time or, where gradients are wanted, every layer's: they are for passes
+whose scores fit.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from dylora_stream.model.backbone import Backbone
+__all__ = ["attend_plainly", "attends_plainly"]
 
-__all__ = ["plain_attention"]
+PLAIN, FUSED = "eager", "sdpa"  # their names in transformers
+SCORE_BYTES = 6  # of one score: float32 before, bfloat16 behind the softmax
+MOST_BYTES = 1 << 30  # of a pass's scores
+MOST_TOKENS = 512  # of a row in one pass
 
-PLAIN = "eager"  # its name in transformers
-SCORE_BYTES = 6  # of one score that is kept: float32 before, bfloat16 behind the softmax
-MOST_BYTES = 1 << 30
 
-
-@contextmanager
-def plain_attention(backbone: Backbone, rows: int, longest: int) -> Iterator[None]:
-    """Within: plain products where they are faster and their scores fit; rows of a batch, tokens of the longest row."""
-    model = backbone.model
-    before = model.config._attn_implementation  # noqa: SLF001 - there is a setter and no getter
-    heads = int(getattr(model.config, "num_attention_heads", 0))
-    size = SCORE_BYTES * rows * heads * len(backbone.layers) * longest**2
-    is_faster = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16
-    if not is_faster or not heads or size > MOST_BYTES:
-        yield
+def attend_plainly(model: Any) -> None:
+    """From now on each pass of a loaded model takes the faster way. Nothing is done where that is the fused kernel
+    always, or where the model has an attention of its own.
+    """
+    is_fused = getattr(model.config, "_attn_implementation", None) == FUSED
+    if not is_fused or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not _can_switch(model):
         return
+    model.base_model.register_forward_pre_hook(_choose, with_kwargs=True)
+
+
+def attends_plainly(model: Any) -> bool:
+    """Whether passes of this model may go by plain products."""
+    return _choose in model.base_model._forward_pre_hooks.values()  # noqa: SLF001 - nothing else tells
+
+
+def _choose(body: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a pass of the body; keeps nothing, so that a copy of the model chooses for itself."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None:
+        return
+    rows, tokens = ids.shape
+    mask = kwargs.get("attention_mask")
+    seen = tokens if mask is None else mask.shape[-1]  # those of the cache among them
+    config = body.config
+    layers = config.num_hidden_layers if torch.is_grad_enabled() else 1
+    size = SCORE_BYTES * rows * config.num_attention_heads * layers * tokens * seen
+    wanted = PLAIN if tokens <= MOST_TOKENS and size <= MOST_BYTES else FUSED
+    if config._attn_implementation != wanted:  # noqa: SLF001 - there is a setter and no getter
+        body.set_attn_implementation(wanted)
+
+
+def _can_switch(model: Any) -> bool:
+    """Whether the model takes both names; it ends with the fused kernel."""
+    needed = ("num_hidden_layers", "num_attention_heads")
+    if not all(hasattr(model.config, name) for name in needed) or model.base_model.config is not model.config:
+        return False
     try:
         model.set_attn_implementation(PLAIN)
-    except (ValueError, NotImplementedError, AttributeError):  # a model with an attention of its own
-        yield
-        return
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+        took = model.config._attn_implementation == PLAIN  # noqa: SLF001
+        model.set_attn_implementation(FUSED)
+    except (ValueError, NotImplementedError, AttributeError, ImportError):
+        return False
+    return took

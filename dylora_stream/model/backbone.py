@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dylora_stream.core.errors import ModelError, ModelNotFound, SettingsError
+from dylora_stream.model.attention import attend_plainly
 from dylora_stream.model.config import ModelConfig
 from dylora_stream.model.fetch import explain_load_error, fetch_backbone, is_model_folder
 from dylora_stream.model.identity import DEFAULT_TEMPLATE, folder_digest
@@ -235,6 +236,8 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise explain_load_error(place, error) from error
     model.to(device).eval().requires_grad_(False)
+    if config.attention == "auto":
+        attend_plainly(model)
     stem_layers = config.stem_of(len(_decoder_layers(model.base_model)))
     _check(model, tokenizer, stem_layers, config.name)
     return Backbone(

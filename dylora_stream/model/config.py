@@ -14,6 +14,7 @@ DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct out of the wheel llm-smo
 STEM_SHARE = 8  # of 15 layers
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "fused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class ModelConfig:
     """Where the fetched model lies; empty: `models/<name>` in the data folder."""
     dtype: Dtype = "auto"
     """auto: bfloat16 on CUDA and on CPUs that multiply it natively, else float32 (bfloat16 emulated is slower)."""
+    attention: Attention = "auto"
+    """auto: by plain products in passes where these are faster (`model.attention`); fused: as transformers loads it."""
     stem_layers: int | None = None
     """Layers; the first ones, which experts never adapt. None: 8 of 15, but not fewer than `feature_layers`. With 16 of
     30 a new expert is about as good as with 8 (six tasks of 48 rows 66.0 and 65.9, four generative skills of 40 rows
@@ -45,6 +48,8 @@ class ModelConfig:
             raise ValueError("model.name is empty: give smollm2-135m, a hub id or a folder")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}: use auto, float32 or bfloat16")
+        if self.attention not in ("auto", "fused"):
+            raise ValueError(f"model.attention is {self.attention!r}: use auto or fused")
         if self.stem_layers is not None:
             _at_least("model.stem_layers", self.stem_layers, 1)
         _at_least("model.feature_layers", self.feature_layers, 1)

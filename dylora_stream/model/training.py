@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from dylora_stream.core.errors import RowsUnlearnable
 from dylora_stream.core.recipes import Recipe, rate_at, steps_of
 from dylora_stream.model.adapters import Adapter
-from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
 from dylora_stream.model.features import (
     LabelledText,
@@ -138,12 +137,6 @@ def train_expert(
     usable = _tokenised(backbone, fitting(backbone, rows, recipe))
     if not usable:
         raise RowsUnlearnable(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
-    with plain_attention(backbone, recipe.batch_size, max(len(row) for row in usable)):
-        return _trained(backbone, usable, recipe, options)
-
-
-def _trained(backbone: Backbone, usable: Sequence[_Row], recipe: Recipe, options: TrainingOptions) -> Trained:
-    """The training itself, on rows that fit."""
     began = time.perf_counter()
     order = np.random.default_rng(options.seed)
     pairs, scale = _initial(backbone, recipe, options)

@@ -1,5 +1,6 @@
 """One contract for every backbone: a tiny Llama, and a tiny GPT-2 with fused projections and Conv1D layers."""
 
+import copy
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from dylora_stream.core.errors import ExpertCorrupt, ModelNotFound, SettingsError, TrainingFailed
 from dylora_stream.core.recipes import Recipe
+from dylora_stream.model import attention as attending
 from dylora_stream.model.adapters import load_adapter, save_adapter
-from dylora_stream.model.attention import plain_attention
 from dylora_stream.model.backbone import (
     IGNORED,
     Backbone,
@@ -25,7 +26,7 @@ from dylora_stream.model.backbone import (
     linear_shape,
     load_backbone,
 )
-from dylora_stream.model.config import ModelConfig
+from dylora_stream.model.config import Attention, Dtype, ModelConfig
 from dylora_stream.model.features import (
     ANSWER_READ,
     PASS_ANSWER_TOKENS,
@@ -245,16 +246,53 @@ def test_the_stem_is_cached_and_gives_what_whole_passes_give(backbone: Backbone,
     np.testing.assert_allclose(trained.losses, whole.losses, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("longest", "within"), [(40, "eager"), (100_000, "sdpa")])
-def test_attention_is_plain_while_short_rows_train_in_bfloat16(
-    folder: Path, longest: int, within: str
+@pytest.mark.parametrize(
+    ("dtype", "attention", "expected"),
+    [
+        ("bfloat16", "auto", ["eager", "sdpa", "eager"]),
+        ("bfloat16", "fused", ["sdpa"] * 3),
+        ("float32", "auto", ["sdpa"] * 3),
+    ],
+)
+def test_short_passes_in_bfloat16_attend_plainly(
+    folder: Path, dtype: Dtype, attention: Attention, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model's own comes back; scores of long rows would not fit."""
-    backbone = load_backbone(ModelConfig(name="tiny", dtype="bfloat16", stem_layers=2, threads=1), folder)
-    config = backbone.model.config
-    with plain_attention(backbone, 8, longest):
-        assert config._attn_implementation == within
-    assert config._attn_implementation == "sdpa"
+    """Each pass chooses, and states agree to rounding; a copy of the model chooses for itself."""
+    monkeypatch.setattr(attending, "MOST_TOKENS", 16)
+    config = ModelConfig(
+        name="tiny", dtype=dtype, attention=attention, stem_layers=2, feature_layers=2, threads=1
+    )
+    backbone = load_backbone(config, folder)
+    copied = copy.deepcopy(backbone.model)
+    short, long = (backbone.pad([[5, 6, 7] * times]) for times in (4, 40))
+    taken = []
+    for tokens in (short, long, short):
+        backbone.body(**tokens.inputs(), use_cache=False)
+        taken.append(backbone.model.config._attn_implementation)
+    assert taken == expected
+    assert attending.attends_plainly(backbone.model) == (expected[0] == "eager")
+    copied.base_model(**long.inputs())
+    assert backbone.model.config._attn_implementation == expected[2]
+    backbone.model.set_attn_implementation("sdpa")
+    attended = [model.base_model(**short.inputs())[0].float() for model in (backbone.model, copied)]
+    torch.testing.assert_close(*attended, rtol=0.05, atol=0.05)
+
+
+def test_passes_that_keep_every_score_are_plain_for_fewer_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gradients are wanted every layer's scores stay: they must fit together."""
+    config = ModelConfig(name="tiny", dtype="bfloat16", stem_layers=2, feature_layers=2, threads=1)
+    backbone = load_backbone(config, folder)
+    tokens = backbone.pad([[5] * 10] * 2)
+    one_layer = attending.SCORE_BYTES * 2 * backbone.model.config.num_attention_heads * 10 * 10
+    monkeypatch.setattr(attending, "MOST_BYTES", one_layer)
+    with torch.no_grad():
+        backbone.body(**tokens.inputs(), use_cache=False)
+        assert backbone.model.config._attn_implementation == "eager"
+    with torch.enable_grad():
+        backbone.body(**tokens.inputs(), use_cache=False)
+        assert backbone.model.config._attn_implementation == "sdpa"
 
 
 def test_progress_is_told_at_every_step(backbone: Backbone) -> None:

@@ -129,7 +129,7 @@ def test_a_row_of_a_draw_has_members_of_its_own() -> None:
 def test_all_three_trainings_of_a_contest_learn_the_same(backbone: Backbone) -> None:
     """In float32 the losses of ours and of both PEFT loops agree step by step."""
     rows = training_rows(backbone, 12, (20, 4))
-    contest = Contest(backbone, rows, Recipe(rank=2, epochs=2, batch_size=4))
+    contest = Contest((backbone, backbone), rows, Recipe(rank=2, epochs=2, batch_size=4))
     ours = contest.ours()
     assert len(ours) == 6
     assert contest.plain() == pytest.approx(ours, rel=1e-3)

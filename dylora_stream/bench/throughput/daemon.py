@@ -38,15 +38,15 @@ class _Load:
 
 def measure_daemon(bench: Bench) -> None:
     """kafka_to_kafka and kafka_to_kafka_choices."""
-    backbone = bench.backbone()
+    backbone, bare = bench.backbone(), bench.bare()
     free = plain_records(bench.config.records)
     chosen = with_choices(free)
     inputs = [row["input"] for row in free]
     pairs = [(row["input"], choice) for row in chosen for choice in row["choices"]]
     longest = bench.settings.generation.max_new_tokens
     loads = (
-        _Load("kafka_to_kafka", free, lambda batch: generate_plainly(backbone, inputs, longest, batch)),
-        _Load("kafka_to_kafka_choices", chosen, lambda batch: rank_plainly(backbone, pairs, batch)),
+        _Load("kafka_to_kafka", free, lambda batch: generate_plainly(bare, inputs, longest, batch)),
+        _Load("kafka_to_kafka_choices", chosen, lambda batch: rank_plainly(bare, pairs, batch)),
     )
     with (
         tempfile.TemporaryDirectory() as folder,

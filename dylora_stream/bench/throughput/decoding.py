@@ -12,6 +12,7 @@ from typing import Any
 from dylora_stream.bench.throughput.bare import closed_pool, random_tokens
 from dylora_stream.bench.throughput.contenders import Draws, filled_pool
 from dylora_stream.bench.throughput.measuring import Bench
+from dylora_stream.model.attention import attends_plainly
 from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.decoding import generate
 from dylora_stream.model.mixture import Pool
@@ -23,14 +24,20 @@ NEVER = 2**31 - 1  # a token that no model writes
 
 def measure_decoding(bench: Bench) -> None:
     """decode_N, and transformers_generate; the reference of all is our loop on the bare model."""
-    sizes, bare = bench.config.sizes, bench.backbone()
+    sizes, bare, serving = bench.config.sizes, bench.bare(), bench.backbone()
     tokens = random_tokens(bare, sizes.rows, sizes.prompt_tokens)
-    plain = partial(generate, _endless(bare), closed_pool(bare), tokens, sizes.new_tokens)
+    plain, same = (
+        partial(generate, _endless(each), closed_pool(each), tokens, sizes.new_tokens)
+        for each in (bare, serving)
+    )
+    alike = same if attends_plainly(serving.model) else None
     bench.compare("transformers_generate", plain, partial(_transformers, bare, tokens, sizes.new_tokens))
     for size in sizes.main_pools:
-        with filled_pool(bare, size, sizes.rank) as (backbone, pool):
+        with filled_pool(serving, size, sizes.rank) as (backbone, pool):
             ours = partial(generate, _endless(backbone), pool, tokens, sizes.new_tokens)
-            bench.compare(f"decode_{size}", plain, partial(_gated, pool, Draws(sizes.rows, size), ours))
+            bench.compare(
+                f"decode_{size}", plain, partial(_gated, pool, Draws(sizes.rows, size), ours), alike
+            )
 
 
 def _endless(backbone: Backbone) -> Backbone:

@@ -12,7 +12,7 @@ from rich.console import Console
 from dylora_stream import bootstrap
 from dylora_stream.bench.throughput.config import LEAST_PAIRS, ThroughputConfig
 from dylora_stream.model.backbone import Backbone, choose_dtype
-from dylora_stream.model.config import Dtype
+from dylora_stream.model.config import Dtype, ModelConfig
 from dylora_stream.settings import Settings
 
 __all__ = ["Bench", "in_turn", "seconds"]
@@ -57,15 +57,25 @@ class Bench:
         return str(choose_dtype(self.settings.model.dtype, device)).removeprefix("torch.")
 
     def backbone(self, dtype: Dtype | None = None) -> Backbone:
-        """A freshly loaded backbone, without hooks."""
-        model = self.settings.model if dtype is None else replace(self.settings.model, dtype=dtype)
-        return bootstrap.load_backbone(self.settings.model_copy(update={"model": model}))
+        """A freshly loaded backbone, as the daemon has it."""
+        return self._loaded(replace(self.settings.model, dtype=dtype or self.settings.model.dtype))
+
+    def bare(self, dtype: Dtype | None = None) -> Backbone:
+        """A freshly loaded backbone, as transformers has it: its attention is the fused kernel's."""
+        dtype = dtype or self.settings.model.dtype
+        return self._loaded(replace(self.settings.model, dtype=dtype, attention="fused"))
 
     @torch.no_grad()
-    def compare(self, name: str, reference: Run, ours: Run) -> None:
-        """Ours over the reference: both warmed up, then in turn."""
-        in_turn((reference, ours), 1)
-        self.keep(name, [(a, b) for a, b in in_turn((reference, ours), self.config.pairs)])
+    def compare(self, name: str, reference: Run, ours: Run, alike: Run | None = None) -> None:
+        """Ours over the reference: both warmed up, then in turn. `alike`: the reference with our attention, in turn
+        with the two; ours over it is NAME_same_attention.
+        """
+        runs = (reference, ours) if alike is None else (reference, ours, alike)
+        in_turn(runs, 1)
+        rounds = in_turn(runs, self.config.pairs)
+        self.keep(name, [(times[0], times[1]) for times in rounds])
+        if alike is not None:
+            self.keep(f"{name}_same_attention", [(times[2], times[1]) for times in rounds])
 
     def keep(self, name: str, pairs: Sequence[tuple[float, float]], *, is_speed: bool = False) -> None:
         """(reference's, ours) in seconds; the ratio is of ours over the reference's times, or, as speed, under them."""
@@ -75,3 +85,6 @@ class Bench:
         self.pairs[name] = [(round(a * 1000, 3), round(b * 1000, 3)) for a, b in pairs]
         ms, ours_ms = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
         self.console.print(f"  {name}: {self.ratios[name]:.3f} ({ms:,.0f} ms, {ours_ms:,.0f} ms)")
+
+    def _loaded(self, model: ModelConfig) -> Backbone:
+        return bootstrap.load_backbone(self.settings.model_copy(update={"model": model}))

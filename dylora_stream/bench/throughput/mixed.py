@@ -11,6 +11,7 @@ import torch
 from dylora_stream.bench.throughput.bare import random_tokens, twin
 from dylora_stream.bench.throughput.contenders import Draws, PeftModel, filled_pool, random_adapter
 from dylora_stream.bench.throughput.measuring import Bench
+from dylora_stream.model.attention import attends_plainly
 from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.config import Dtype
 from dylora_stream.model.mixture import Pool
@@ -26,11 +27,11 @@ def measure_mixed(bench: Bench) -> None:
 
 def _of_dtype(bench: Bench, dtype: Dtype) -> None:
     sizes = bench.config.sizes
-    bare = bench.backbone(dtype)
+    bare, serving = bench.bare(dtype), bench.backbone(dtype)
     tokens = random_tokens(bare, sizes.rows, sizes.tokens)
     first = sizes.main_pools[0]
     for size in sorted({*sizes.main_pools, *(sizes.pools if dtype == bench.dtype else ())}):
-        _of_pool(bench, bare, dtype, size)
+        _of_pool(bench, (bare, serving), dtype, size)
     peft = mixed_peft(bare, first, sizes.rank)
     theirs = peft_pass(peft, tokens, Draws(sizes.rows, first))
     bench.compare(f"peft_mixed_{first}_{dtype}", bare_pass(bare, tokens), theirs)
@@ -38,15 +39,17 @@ def _of_dtype(bench: Bench, dtype: Dtype) -> None:
     bench.compare(f"peft_one_{dtype}", bare_pass(bare, tokens), peft_pass(peft, tokens, None))
 
 
-def _of_pool(bench: Bench, bare: Backbone, dtype: Dtype, size: int) -> None:
-    sizes = bench.config.sizes
+def _of_pool(bench: Bench, backbones: tuple[Backbone, Backbone], dtype: Dtype, size: int) -> None:
+    sizes, (bare, serving) = bench.config.sizes, backbones
     tokens = random_tokens(bare, sizes.rows, sizes.tokens)
-    with filled_pool(bare, size, sizes.rank) as (backbone, pool):
+    plain = bare_pass(bare, tokens)
+    alike = bare_pass(serving, tokens) if attends_plainly(serving.model) else None
+    with filled_pool(serving, size, sizes.rank) as (backbone, pool):
         ours = gated_pass(backbone, pool, tokens, Draws(sizes.rows, size))
-        bench.compare(f"mixed_{size}_{dtype}", bare_pass(bare, tokens), ours)
+        bench.compare(f"mixed_{size}_{dtype}", plain, ours, alike)
         if size == sizes.main_pools[0]:
             ours = gated_pass(backbone, pool, tokens, Draws(sizes.rows, size, sizes.members))
-            bench.compare(f"dense{sizes.members}_{dtype}", bare_pass(bare, tokens), ours)
+            bench.compare(f"dense{sizes.members}_{dtype}", plain, ours, alike)
 
 
 def bare_pass(backbone: Backbone, tokens: Tokens) -> Callable[[], torch.Tensor]:

@@ -34,10 +34,10 @@ TEXTS = 400  # of the demo's skills: the tokens that prompts are cut from
 
 def measure_training(bench: Bench) -> None:
     """train_short_answers, train_long_answers, and with a dataset folder the held-out accuracies."""
-    sizes, bare = bench.config.sizes, bench.backbone()
+    sizes, backbone, bare = bench.config.sizes, bench.backbone(), bench.bare()
     recipe = replace(SEEDING, epochs=sizes.train_epochs, rank=sizes.rank, alpha=2.0 * sizes.rank)
     for name, shape in (("short", sizes.short), ("long", sizes.long)):
-        contest = Contest(bare, training_rows(bare, sizes.train_rows, shape), recipe)
+        contest = Contest((backbone, bare), training_rows(backbone, sizes.train_rows, shape), recipe)
         runs = (contest.plain, contest.answers_only, contest.ours)
         losses = [contest.plain(1), contest.answers_only(1)]  # warm
         times = in_turn([_keeping(losses, run) for run in runs], LEAST_PAIRS)
@@ -47,7 +47,7 @@ def measure_training(bench: Bench) -> None:
         last = dict(zip(("peft", "peft_answers_only", "ours"), losses[-len(runs) :], strict=True))
         bench.notes[f"train_{name}_losses"] = {who: _rounded(each) for who, each in last.items()}
     if bench.config.train_data is not None:
-        _compare_accuracies(bench, bare)
+        _compare_accuracies(bench, backbone, bare)
 
 
 def _keeping(results: list[list[float]], run: Callable[[], list[float]]) -> Callable[[], None]:
@@ -59,12 +59,15 @@ def _rounded(losses: Sequence[float]) -> list[float]:
 
 
 class Contest:
-    """One training, by us and by PEFT."""
+    """One training, by us on the first backbone and by PEFT on the second."""
 
-    def __init__(self, bare: Backbone, rows: Sequence[LabelledText], recipe: Recipe) -> None:
-        self._bare, self._rows, self._recipe = bare, rows, recipe
+    def __init__(
+        self, backbones: tuple[Backbone, Backbone], rows: Sequence[LabelledText], recipe: Recipe
+    ) -> None:
+        (self._backbone, bare), self._rows, self._recipe = backbones, rows, recipe
         self._start = random_adapter(bare, 0, recipe.rank, b_spread=0.0)
-        listening = _Listening(**{each.name: getattr(bare, each.name) for each in fields(bare)})
+        own = self._backbone
+        listening = _Listening(**{each.name: getattr(own, each.name) for each in fields(own)})
         steps = len(self.train(listening).losses)
         self._batches = listening.heard[-steps:]
         self._wrapped = twin(bare)
@@ -73,7 +76,7 @@ class Contest:
     def train(self, backbone: Backbone | None = None) -> Trained:
         """Ours, whole."""
         options = TrainingOptions(seed=0, start=self._start)
-        return train_expert(backbone or self._bare, self._rows, self._recipe, options)
+        return train_expert(backbone or self._backbone, self._rows, self._recipe, options)
 
     def ours(self) -> list[float]:
         """The losses of our training."""
@@ -154,18 +157,18 @@ def _token_stream(backbone: Backbone) -> Iterator[int]:
             yield from row
 
 
-def _compare_accuracies(bench: Bench, bare: Backbone) -> None:
+def _compare_accuracies(bench: Bench, backbone: Backbone, bare: Backbone) -> None:
     """Both ways on tasks of a folder, with the whole seeding recipe. PEFT's adapters stay in float32, as it has them,
     because in bfloat16 small steps are lost to rounding.
     """
     assert bench.config.train_data is not None
     found = {}
-    for task in read_tasks(bench.config.train_data, bare, bench.config.sizes):
-        contest = Contest(bare, task.train, SEEDING)
+    for task in read_tasks(bench.config.train_data, backbone, bench.config.sizes):
+        contest = Contest((backbone, bare), task.train, SEEDING)
         ours = contest.train().adapter
         contest.plain(dtype=torch.float32)
         accuracies = {
-            who: float(score_rows(bare, task.test, adapter).is_exact.mean())
+            who: float(score_rows(backbone, task.test, adapter).is_exact.mean())
             for who, adapter in (("base", None), ("ours", ours), ("peft", contest.theirs()))
         }
         found[task.name] = {who: round(value, 4) for who, value in accuracies.items()}
