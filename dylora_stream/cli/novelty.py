@@ -53,7 +53,9 @@ TwinsOption = Annotated[
 OnlyOption = Annotated[
     str | None,
     typer.Option(
-        metavar="PART,…", help="Some of leave-one-out, alarms, stream, cost, scale; else all of them."
+        metavar="PART,…",
+        help="Some of leave-one-out, alarms, stream, cost, scale, experts; else all but the last, which trains an "
+        "expert a task and says which tasks are one family.",
     ),
 ]
 WorkOption = Annotated[
@@ -96,7 +98,7 @@ def novelty(
         has_labels=labels is Labels.YES,
         is_stripped=strip_markers,
         is_training=train,
-        only=_parts(only) if only is not None else bench.config.PARTS,
+        only=_parts(only) if only is not None else bench.config.USUAL_PARTS,
         twins=_parts(twins or ""),
         train_rows=rows or train_rows,
         test_rows=rows or test_rows,

@@ -12,8 +12,8 @@ import pytest
 from models import tiny_llama
 from rich.console import Console
 
-from dylora_stream.bench.novelty import NoveltyBenchConfig, cost, novelty, reading, run
-from dylora_stream.bench.novelty.config import PARTS
+from dylora_stream.bench.novelty import NoveltyBenchConfig, cost, novelty, reading, run, trained
+from dylora_stream.bench.novelty.config import USUAL_PARTS
 from dylora_stream.core.checks import CheckConfig
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.novelty import SCORERS
@@ -183,10 +183,28 @@ def test_trained_experts_are_trained_once(
     assert measured(config, settings) == first
 
 
+def test_an_expert_a_task_says_which_tasks_are_one(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Families, exactness and the likelihood ratio come out of one training a task; a second run trains nothing."""
+    config = asked(data, tmp_path, only=("experts",))
+    first = measured(config, settings)
+    placed = [
+        *first["experts"]["unlearned"],
+        *(task for group in first["experts"]["families"] for task in group),
+    ]
+    assert sorted(placed) == sorted(TASKS)
+    assert set(first["auroc"]) == {"likelihood"}
+    assert first["details"]["experts"]["digits"]["commonest answer"] == 1.0
+    monkeypatch.setattr(trained, "train_expert", refuse)
+    assert measured(config, settings) == first
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"only": ("roc",)}, "roc.*leave-one-out"), ({"twins": ("digits", "nails")}, "nails.*digits"),
-     ({"twins": ("digits",)}, "digits alone"), ({"max_tokens": 9}, "--max-tokens")],
+     ({"twins": ("digits",)}, "digits alone"), ({"max_tokens": 9}, "--max-tokens"),
+     ({"only": ("experts",), "has_labels": False}, "--labels no")],
 )  # fmt: skip
 def test_a_wrong_question_is_refused(
     settings: Settings, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
@@ -205,4 +223,4 @@ def test_a_folder_without_tasks_is_named(settings: Settings, tmp_path: Path) -> 
 
 def test_the_parts_are_those_of_the_command() -> None:
     """All of them are asked for by default."""
-    assert NoveltyBenchConfig(data=Path()).only == PARTS
+    assert NoveltyBenchConfig(data=Path()).only == USUAL_PARTS

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dylora_stream.bench.novelty.script import (
     script_of,
 )
 from dylora_stream.bench.novelty.tally import tally
+from dylora_stream.bench.novelty.trained import Scored, Trained, families, likelihood_ratings
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.model.features import LabelledText
 
@@ -193,3 +195,38 @@ def test_skills_are_counted_from_their_founding() -> None:
     assert set(twins.skills) == {"a", "b+c"}
     assert twins.agreement is not None
     assert twins.agreement.ari == 1.0
+
+
+def test_tasks_that_one_expert_serves_as_well_as_two_are_one_family() -> None:
+    """One way suffices, few rows more are chance, and a task that is not learned is nobody's kin."""
+    right = {
+        ("a", "a"): 30, ("a", "b"): 29, ("a", "c"): 0, ("a", "d"): 20,
+        ("b", "a"): 5, ("b", "b"): 30, ("b", "c"): 0, ("b", "d"): 20,
+        ("c", "a"): 0, ("c", "b"): 0, ("c", "c"): 30, ("c", "d"): 20,
+        ("d", "a"): 0, ("d", "b"): 0, ("d", "c"): 0, ("d", "d"): 20,
+    }  # fmt: skip
+    trained = trained_of(right, {"a": 4, "b": 4, "c": 4, "d": 19})
+    assert families(trained) == ([["a", "b"], ["c"]], ["d"])
+
+
+def test_a_rows_likelihood_is_novel_where_no_kept_expert_gains() -> None:
+    """Two tasks whose own experts alone lower the loss: perfect for the one left out, whichever it is."""
+    ratings = likelihood_ratings(trained_of({("a", "a"): 30, ("b", "b"): 30}, {"a": 0, "b": 0}))
+    assert {task: rating.auroc for task, rating in ratings.items()} == {"a": 1.0, "b": 1.0}
+    assert ratings["a"].fpr95 == 0.0
+
+
+def trained_of(right: Mapping[tuple[str, str], int], common: Mapping[str, int]) -> Trained:
+    """Of 40 rows a task: the first so many are right under (expert, task), all with a lower loss than the backbone's."""
+
+    def first(count: int) -> np.ndarray:
+        return np.arange(40) < count
+
+    def scored(expert: str | None, task: str) -> Scored:
+        count = 0 if expert is None else right.get((expert, task), 0)
+        return Scored(losses=np.full(40, 2.0 - (count > 0), dtype=np.float32), is_exact=first(count))
+
+    return Trained(
+        scores={expert: {task: scored(expert, task) for task in common} for expert in (None, *common)},
+        common={task: first(count) for task, count in common.items()},
+    )

@@ -1,5 +1,4 @@
-"""What a run says: one JSON document and tables on the terminal. Rates and areas are in 0..1; null where a folder
-cannot give a figure.
+"""What a run says, as one JSON document. Rates and areas are in 0..1; null where a folder cannot give a figure.
 
 Means are over tasks that are nobody's twin; twins stand apart, under `twins`.
 """
@@ -10,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dylora_stream.bench.novelty.alarms import NOMINAL, Alarms, InTime
 from dylora_stream.bench.novelty.config import ALPHAS
@@ -20,8 +17,9 @@ from dylora_stream.bench.novelty.judging import FUSED, LeftOut, Rating
 from dylora_stream.bench.novelty.metrics import interval
 from dylora_stream.bench.novelty.scale import Scale
 from dylora_stream.bench.novelty.tally import Tally
+from dylora_stream.bench.novelty.trained import LIKELIHOOD, Trained, families, likelihood_ratings
 
-__all__ = ["Findings", "document_of", "show"]
+__all__ = ["Document", "Findings", "document_of", "roc_of"]
 
 Document = dict[str, Any]
 
@@ -38,6 +36,7 @@ class Findings:
     in_time: InTime | None = None
     tally: Tally | None = None
     cost: Cost | None = None
+    trained: Trained | None = None
     scale: Scale | None = None
     facts: Document = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -64,6 +63,7 @@ def document_of(found: Findings) -> Document:
         else {"plain": _by_rate(in_time.plain), "adaptive": _by_rate(in_time.adaptive)},
         "detection": _detection(found),
         "stream": None if found.tally is None else _stream(found.tally),
+        "experts": None if found.trained is None else _families(found.trained),
         "cost_share": None if cost is None else cost.share,
         "ms_per_record": None if cost is None else cost.ms,
         "twins": _twins(found),
@@ -75,19 +75,40 @@ def document_of(found: Findings) -> Document:
 
 
 def _areas(found: Findings) -> Document | None:
-    if found.left_out is None:
-        return None
-    entries = {}
-    for scorer in next(iter(found.left_out.values())).ratings:
-        ratings = {task: left.ratings[scorer] for task, left in found.left_out.items()}
-        judged = [ratings[task] for task in found.judged]
-        entries[scorer] = {
-            "mean": _mean([rating.auroc for rating in judged]),
-            "worst": min((rating.auroc for rating in judged), default=math.nan),
-            "fpr95": _mean([rating.fpr95 for rating in judged]),
-            "by_task": {task: rating.auroc for task, rating in ratings.items()},
+    by_scorer: dict[str, dict[str, Rating]] = {}
+    for task, left in (found.left_out or {}).items():
+        for scorer, rating in left.ratings.items():
+            by_scorer.setdefault(scorer, {})[task] = rating
+    if found.trained is not None and len(found.tasks) > 1:
+        by_scorer[LIKELIHOOD] = likelihood_ratings(found.trained)
+    return {scorer: _area(ratings, found.judged) for scorer, ratings in by_scorer.items()} or None
+
+
+def _area(ratings: Mapping[str, Rating], tasks: Sequence[str]) -> Document:
+    judged = [ratings[task] for task in tasks]
+    return {
+        "mean": _mean([rating.auroc for rating in judged]),
+        "worst": min((rating.auroc for rating in judged), default=math.nan),
+        "fpr95": _mean([rating.fpr95 for rating in judged]),
+        "by_task": {task: rating.auroc for task, rating in ratings.items()},
+    }
+
+
+def _families(trained: Trained) -> Document:
+    together, unlearned = families(trained)
+    return {"families": together, "unlearned": unlearned}
+
+
+def _exactness(trained: Trained) -> Document:
+    """Shares of each task's rows that who scored them has exactly right."""
+    return {
+        task: {
+            "backbone": float(trained.exact(None, task).mean()),
+            "commonest answer": float(trained.common[task].mean()),
+            **{expert: float(trained.exact(expert, task).mean()) for expert in trained.common},
         }
-    return entries
+        for task in trained.common
+    }
 
 
 def _detection(found: Findings) -> Document | None:
@@ -144,6 +165,8 @@ def _details(found: Findings) -> Document:
             "outlier_experts": list(found.tally.outlier_experts),
             "decisions": dict(found.tally.decisions),
         }
+    if found.trained is not None:
+        details["experts"] = _exactness(found.trained)
     if found.cost is not None:
         details["cost"] = asdict(found.cost)
     if found.scale is not None:
@@ -206,105 +229,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_rounded(inner) for inner in value]
     return value
-
-
-def show(document: Document, console: Console) -> None:
-    """The tables."""
-    if document["auroc"] is not None:
-        console.print(_scorer_table(document))
-        console.print(_task_table(document))
-    if document["false_alarm"] is not None:
-        console.print(_rate_table(document))
-    if document["stream"] is not None:
-        console.print(_stream_table(document["stream"]))
-        console.print(_skill_table(document["details"]["stream"]["skills"]))
-    if document["cost_share"] is not None:
-        cost = document["details"]["cost"]
-        console.print(
-            f"Scoring costs {document['ms_per_record']:.3f} ms a record, {document['cost_share']:.1%} of a pass; "
-            f"with 10,000 modes {cost['ms_of_many']:.3f} ms, {cost['share_of_many']:.1%}."
-        )
-    if "scale" in document["details"]:
-        console.print(_scale_lines(document["details"]["scale"]))
-    for note in document["notes"]:
-        console.print(note, style="dim", markup=False)
-
-
-def _scale_lines(scale: Document) -> str:
-    return (
-        f"Of {scale['rows']:,} new rows learn holds {scale['held']:,}, {scale['held_mb']:,.0f} MB, and "
-        f"{scale['disk_mb']:,.0f} MB on disk; a record takes it {scale['ms_first']:.2f} ms at first and "
-        f"{scale['ms_last']:.2f} ms at last, making clusters anew {scale['recluster_s']:.1f} s, a start "
-        f"{scale['load_s']:.1f} s."
-    )
-
-
-def _scorer_table(document: Document) -> Table:
-    scope = document["out_of_scope"] or {}
-    table = _table("One task left out", ("scorer", "AUROC", "worst", "FPR95", "out of scope: AUROC", "FPR95"))
-    for name, entry in sorted(document["auroc"].items(), key=lambda item: -(item[1]["mean"] or 0.0)):
-        outside = scope.get(name, {})
-        cells = [entry[key] for key in ("mean", "worst", "fpr95")]
-        table.add_row(name, *map(_cell, [*cells, outside.get("auroc"), outside.get("fpr95")]))
-    return table
-
-
-def _task_table(document: Document) -> Table:
-    entries = document["details"]["by_task"]
-    rates = [str(alpha) for alpha in ALPHAS]
-    table = _table("By task", ("left out", "AUROC", "FPR95", *(f"found at {rate}" for rate in rates)))
-    for task, entry in entries.items():
-        name = f"{task} (twin)" if task in document["twins"] else task
-        found = [entry["detection"][rate] for rate in rates]
-        table.add_row(name, *map(_cell, [entry["auroc"].get(FUSED), entry["fpr95"].get(FUSED), *found]))
-    return table
-
-
-def _rate_table(document: Document) -> Table:
-    columns = ("rate", "drawn", "± a draw", "99 %", "in time", "adaptive", "found")
-    table = _table("Known rows called novel: splits drawn anew, in time; left-out rows found", columns)
-    for rate in map(str, ALPHAS):
-        drawn = document["details"]["false_alarm"][rate]
-        bounds = drawn["binomial_99"]
-        table.add_row(
-            rate,
-            _cell(drawn["rate"]),
-            _cell(drawn["spread"]),
-            f"{bounds[0]:.3f}…{bounds[1]:.3f}" if bounds else "",
-            _cell(document["false_alarm_in_time"]["plain"][rate]),
-            _cell(document["false_alarm_in_time"]["adaptive"][rate]),
-            _cell((document["detection"] or {}).get(rate)),
-        )
-    return table
-
-
-def _stream_table(stream: Document) -> Table:
-    table = _table("The stream", ("", "value"))
-    for name, value in stream.items():
-        table.add_row(name.replace("_", " "), _cell(value))
-    return table
-
-
-def _skill_table(skills: Mapping[str, Document]) -> Table:
-    columns = ("skill", "experts", "cluster", "own", "first novel", "later novel")
-    table = _table(
-        "Skills: distinct records of the first cluster, of its own until then, until one was novel", columns
-    )
-    for name, skill in skills.items():
-        cells = [skill[key] for key in ("cluster", "distinct", "novel_first", "called_novel")]
-        table.add_row(name, str(skill["experts"]), *map(_cell, cells))
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    """The first column is a name, the others are numbers."""
-    table = Table(title=title)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-    return table
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -27,7 +27,9 @@ from dylora_stream.bench.novelty.reading import FeatureReader, concatenated
 from dylora_stream.bench.novelty.report import Findings
 from dylora_stream.bench.novelty.scale import Sizes, measure_scale
 from dylora_stream.bench.novelty.script import FLOOD, OUTLIER, REPEAT, Script, outliers_wanted, script_of
+from dylora_stream.bench.novelty.tables import show
 from dylora_stream.bench.novelty.tally import tally
+from dylora_stream.bench.novelty.trained import score_all
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, answer_size, feature_space, row_size
@@ -121,6 +123,8 @@ def _measure(part: str, run: _Run, found: Findings) -> tuple[Script, Played] | N
         )
         with tempfile.TemporaryDirectory() as folder:
             found.scale = measure_scale(run.settings, sizes, Path(folder), run.tell)
+    elif part == "experts":
+        found.trained = score_all(run.ground, run.backbone, run.settings.seeding, Store(run.work))
     else:
         script = _script(run)
         with _folder(run) as folder:
@@ -205,7 +209,7 @@ def _reported(
     played: tuple[Script, Played] | None,
 ) -> dict[str, Any]:
     """Shown, and written where asked for."""
-    report.show(document, console)
+    show(document, console)
     if config.report is not None:
         write(document, config.report)
         paths = [config.report, *plots.plot(document, config.report)]
