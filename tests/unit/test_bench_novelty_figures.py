@@ -217,7 +217,7 @@ def test_a_rows_likelihood_is_novel_where_no_kept_expert_gains() -> None:
 
 
 def trained_of(right: Mapping[tuple[str, str], int], common: Mapping[str, int]) -> Trained:
-    """Of 40 rows a task: the first so many are right under (expert, task), all with a lower loss than the backbone's."""
+    """Of 40 rows a task the first so many are right under (expert, task), all with a lower loss than the backbone's."""
 
     def first(count: int) -> np.ndarray:
         return np.arange(40) < count
