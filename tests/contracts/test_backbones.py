@@ -278,6 +278,23 @@ def test_short_passes_in_bfloat16_attend_plainly(
     torch.testing.assert_close(*attended, rtol=0.05, atol=0.05)
 
 
+def test_a_token_behind_padded_rows_takes_the_fused_kernel(folder: Path) -> None:
+    """Behind rows of one length plain products are faster."""
+    config = ModelConfig(name="tiny", dtype="bfloat16", stem_layers=2, feature_layers=2, threads=1)
+    backbone = load_backbone(config, folder)
+    for prompts, expected in (([[5, 6, 7], [5]], "sdpa"), ([[5, 6], [7, 5]], "eager")):
+        tokens = backbone.pad(prompts)
+        following, cache = backbone.next_logits(tokens.inputs())
+        assert backbone.model.config._attn_implementation == "eager"
+        inputs = {
+            "input_ids": following.argmax(-1)[:, None],
+            "attention_mask": torch.nn.functional.pad(tokens.attention_mask, (0, 1), value=1),
+            "position_ids": tokens.position_ids[:, -1:] + 1,
+        }
+        backbone.next_logits(inputs | {"past_key_values": cache})
+        assert backbone.model.config._attn_implementation == expected
+
+
 def test_passes_that_keep_every_score_are_plain_for_fewer_rows(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
