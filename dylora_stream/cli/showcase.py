@@ -86,8 +86,8 @@ def throughput(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="A folder of NAME.train.jsonl and NAME.test.jsonl; with the part train, held-out accuracies of five "
-            "tasks trained our way and by PEFT.",
+            help="A folder of NAME.train.jsonl and NAME.test.jsonl; with the part train, held-out accuracies of its "
+            "tasks (at least five) trained our way and by PEFT.",
         ),
     ] = None,
     config: ConfigOption = None,

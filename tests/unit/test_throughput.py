@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_llama
@@ -15,7 +16,7 @@ from dylora_stream.bench.throughput.config import AIMS
 from dylora_stream.bench.throughput.contenders import Draws, filled_pool
 from dylora_stream.bench.throughput.data import read_tasks
 from dylora_stream.bench.throughput.mixed import bare_pass, gated_pass, mixed_peft, peft_pass
-from dylora_stream.bench.throughput.training import Contest, training_rows
+from dylora_stream.bench.throughput.training import Contest, mean_over_tasks, training_rows
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.backbone import Backbone, load_backbone
@@ -89,6 +90,7 @@ def test_the_report_has_every_number_of_the_parts_that_were_asked_for(folder: Pa
     assert all(len(pairs) >= 5 for pairs in found["pairs"].values())
     assert found["answer_choices_same_texts"] == found["answer_generate_same_texts"] == 1.0
     assert found["train_accuracy"]["tasks"]["counting"].keys() == {"base", "ours", "peft"}
+    assert found["train_accuracy"]["ours_over_peft"].keys() == {"mean", "margin_95"}
     assert json.loads(report.read_text()) == found
     assert report.with_suffix(".png").stat().st_size > 0
 
@@ -138,6 +140,13 @@ def test_all_three_trainings_of_a_contest_learn_the_same(backbone: Backbone) -> 
     assert ours[-1] != pytest.approx(ours[0], rel=1e-3)
     for name, (_, b) in trained.tensors.items():
         torch.testing.assert_close(theirs.tensors[name][1], b, atol=1e-3, rtol=1e-2)
+
+
+def test_the_gain_of_training_is_a_mean_over_tasks_whatever_their_sizes() -> None:
+    """Rows of a large task count no more than a small task's; rows that all agree leave no margin."""
+    gain, margin = mean_over_tasks([np.ones(2), np.zeros(100)])
+    assert (gain, margin) == (0.5, 0.0)
+    assert mean_over_tasks([np.array([1.0, -1.0] * 50)])[1] == pytest.approx(0.196)
 
 
 def test_tasks_without_enough_short_rows_are_passed_over(backbone: Backbone, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Sizes:
     long: tuple[int, int] = (80, 40)
     """The same where answers are a third of the tokens."""
     data_tasks: int = 5
-    """Tasks of a dataset folder that are trained both ways."""
+    """Tasks that a dataset folder must have; all that it has are trained both ways."""
     data_rows: int = 64
     """Training rows of each; twice as many are tested."""
     data_tokens: int = 256

@@ -23,7 +23,7 @@ class TaskRows:
 
 
 def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes) -> list[TaskRows]:
-    """The first tasks, in name order, that have both files and enough rows which are short enough."""
+    """The tasks, in name order, that have both files and enough rows which are short enough."""
     tasks: list[TaskRows] = []
     for file in sorted(folder.glob("*.train.jsonl")):
         name = file.name.removesuffix(".train.jsonl")
@@ -31,8 +31,8 @@ def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes) -> list[TaskRows]
         test = _rows(folder / f"{name}.test.jsonl", backbone, sizes.data_tokens, 2 * sizes.data_rows)
         if len(train) == sizes.data_rows and len(test) >= sizes.data_rows // 2:
             tasks.append(TaskRows(name=name, train=train, test=test))
-        if len(tasks) == sizes.data_tasks:
-            return tasks
+    if len(tasks) >= sizes.data_tasks:
+        return tasks
     raise SettingsError(
         f"{folder} has {len(tasks)} tasks with {sizes.data_rows} training rows of at most {sizes.data_tokens} tokens "
         f"(NAME.train.jsonl and NAME.test.jsonl, rows of input and output); {sizes.data_tasks} are needed"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.training import Trained, TrainingOptions, score_rows, train_expert
 
-__all__ = ["Contest", "measure_training", "training_rows"]
+__all__ = ["Contest", "mean_over_tasks", "measure_training", "training_rows"]
 
 SPREAD = 0.2  # of a prompt's length, both ways
 TEXTS = 400  # of the demo's skills: the tokens that prompts are cut from
@@ -158,23 +159,35 @@ def _token_stream(backbone: Backbone) -> Iterator[int]:
 
 
 def _compare_accuracies(bench: Bench, backbone: Backbone, bare: Backbone) -> None:
-    """Both ways on tasks of a folder, with the whole seeding recipe. PEFT's adapters stay in float32, as it has them,
-    because in bfloat16 small steps are lost to rounding.
+    """Both ways on all tasks of a folder, with the whole seeding recipe. PEFT's adapters stay in float32, as it has
+    them, because in bfloat16 small steps are lost to rounding.
     """
     assert bench.config.train_data is not None
-    found = {}
+    found, gains = {}, []
     for task in read_tasks(bench.config.train_data, backbone, bench.config.sizes):
         contest = Contest((backbone, bare), task.train, SEEDING)
         ours = contest.train().adapter
         contest.plain(dtype=torch.float32)
-        accuracies = {
-            who: float(score_rows(backbone, task.test, adapter).is_exact.mean())
+        exact = {
+            who: score_rows(backbone, task.test, adapter).is_exact
             for who, adapter in (("base", None), ("ours", ours), ("peft", contest.theirs()))
         }
-        found[task.name] = {who: round(value, 4) for who, value in accuracies.items()}
+        gains.append(exact["ours"].astype(float) - exact["peft"])
+        found[task.name] = {who: round(float(hits.mean()), 4) for who, hits in exact.items()}
         bench.console.print(f"  {task.name}: {found[task.name]}")
+    gain, margin = mean_over_tasks(gains)
     means = {who: sum(each[who] for each in found.values()) / len(found) for who in ("base", "ours", "peft")}
     bench.notes["train_accuracy"] = {
         "mean": {who: round(mean, 4) for who, mean in means.items()},
+        "ours_over_peft": {"mean": round(gain, 4), "margin_95": round(margin, 4)},
         "tasks": found,
     }
+    bench.console.print(f"  mean of {len(found)} tasks: ours over PEFT {gain:+.4f} ± {margin:.4f}")
+
+
+def mean_over_tasks(gains: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The mean of the tasks' means and its 95 % margin over test rows; each of gains: (rows of a task,)."""
+    variances = [gain.var() / len(gain) for gain in gains]
+    return float(np.mean([gain.mean() for gain in gains])), float(
+        1.96 * np.sqrt(np.sum(variances)) / len(gains)
+    )
