@@ -50,6 +50,13 @@ TrainOption = Annotated[
 TwinsOption = Annotated[
     str | None, typer.Option(metavar="A,B,…", help="Tasks that are one skill: reported apart.")
 ]
+FamiliesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A+B,C+D,…",
+        help="Tasks that one expert serves as well as two, as --only experts finds: one skill each in the stream.",
+    ),
+]
 OnlyOption = Annotated[
     str | None,
     typer.Option(
@@ -79,6 +86,7 @@ def novelty(
     seed: SeedOption = 0,
     train: TrainOption = False,
     twins: TwinsOption = None,
+    families: FamiliesOption = None,
     only: OnlyOption = None,
     work: WorkOption = None,
     report: ReportOption = None,
@@ -100,6 +108,7 @@ def novelty(
         is_training=train,
         only=_parts(only) if only is not None else bench.config.USUAL_PARTS,
         twins=_parts(twins or ""),
+        families=tuple(tuple(family.split("+")) for family in _parts(families or "")),
         train_rows=rows or train_rows,
         test_rows=rows or test_rows,
         max_tokens=max_tokens,

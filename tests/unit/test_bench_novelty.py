@@ -203,7 +203,9 @@ def test_an_expert_a_task_says_which_tasks_are_one(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"only": ("roc",)}, "roc.*leave-one-out"), ({"twins": ("digits", "nails")}, "nails.*digits"),
-     ({"twins": ("digits",)}, "digits alone"), ({"max_tokens": 9}, "--max-tokens"),
+     ({"twins": ("digits",)}, "digits alone"), ({"families": (("digits",),)}, "digits is no family"),
+     ({"twins": ("digits", "signs"), "families": (("signs", "words"),)}, "signs cannot be of two"),
+     ({"max_tokens": 9}, "--max-tokens"),
      ({"only": ("experts",), "has_labels": False}, "--labels no")],
 )  # fmt: skip
 def test_a_wrong_question_is_refused(

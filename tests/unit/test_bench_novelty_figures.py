@@ -168,7 +168,7 @@ def played(script: Script, owners: dict[str, str], jobs: list[tuple[int, str, li
 
 
 def test_skills_are_counted_from_their_founding() -> None:
-    """Experts for two of three tasks, and one from the flood; twins are one skill; nobody's records share a label."""
+    """Experts for two of three tasks, and one from the flood; a family is one skill; nobody's records share a label."""
     script = a_script()
     where = {
         label: [n for n, own in enumerate(script.labels) if own == label]
@@ -191,10 +191,10 @@ def test_skills_are_counted_from_their_founding() -> None:
     assert found.decisions == {"seed promoted": 3}
     assert found.agreement is not None
     assert (found.agreement.purity, found.agreement.ari) == (1.0, 1.0)
-    twins = tally(script, played(script, {"a": "e-a", "b": "e-b", "c": "e-b"}, jobs), ("b", "c"))
-    assert set(twins.skills) == {"a", "b+c"}
-    assert twins.agreement is not None
-    assert twins.agreement.ari == 1.0
+    family = tally(script, played(script, {"a": "e-a", "b": "e-b", "c": "e-b"}, jobs), [("b", "c")])
+    assert set(family.skills) == {"a", "b+c"}
+    assert family.agreement is not None
+    assert family.agreement.ari == 1.0
 
 
 def test_tasks_that_one_expert_serves_as_well_as_two_are_one_family() -> None:

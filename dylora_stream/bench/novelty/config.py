@@ -26,6 +26,8 @@ class NoveltyBenchConfig:
     only: tuple[str, ...] = USUAL_PARTS
     twins: tuple[str, ...] = ()
     """Tasks that are one skill: each is left out too, but reported apart; the stream counts them as one."""
+    families: tuple[tuple[str, ...], ...] = ()
+    """Tasks that one expert serves as well as two, as the part experts finds: the stream counts each family as one."""
     train_rows: int = 120
     """Of each task, to fit experts on."""
     test_rows: int = 100
@@ -52,3 +54,16 @@ class NoveltyBenchConfig:
             raise SettingsError("experts are trained on answers: leave out --labels no, or the part experts")
         if len(self.twins) == 1:
             raise SettingsError(f"{self.twins[0]} alone is nobody's twin: --twins names two tasks or more")
+        for family in self.families:
+            if len(family) < 2:
+                raise SettingsError(
+                    f"{'+'.join(family)} is no family: --families joins two tasks or more by +"
+                )
+        named = [task for skill in self.skills for task in skill]
+        if twice := sorted({task for task in named if named.count(task) > 1}):
+            raise SettingsError(f"{', '.join(twice)} cannot be of two families")
+
+    @property
+    def skills(self) -> tuple[tuple[str, ...], ...]:
+        """Tasks that the stream counts as one: the twins, and each family."""
+        return (self.twins, *self.families) if self.twins else self.families

@@ -37,11 +37,9 @@ def load_folder(config: NoveltyBenchConfig) -> dict[str, Task]:
     """All tasks of the folder by name, markers stripped where asked for. Raises SettingsError."""
     names = sorted(path.name.removesuffix(TRAIN) for path in config.data.glob(f"*{TRAIN}"))
     tasks = load_tasks(config.data, names)
-    for twin in config.twins:
-        if twin not in tasks:
-            raise SettingsError(
-                f"--twins names {twin!r}, which is no task of {config.data}: {', '.join(names)}"
-            )
+    for name in (name for skill in config.skills for name in skill):
+        if name not in tasks:
+            raise SettingsError(f"{name!r} is no task of {config.data}: {', '.join(names)}")
     if not config.is_stripped:
         return tasks
     return {

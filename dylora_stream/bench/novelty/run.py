@@ -132,7 +132,7 @@ def _measure(part: str, run: _Run, found: Findings) -> tuple[Script, Played] | N
             train = trainer(run.settings, run.backbone, run.tell, kept) if is_training else None
             learner = StreamLearner(run.settings, run.backbone, script, folder, train)
             played = play(learner, script, run.tell)
-        found.tally = tally(script, played, run.config.twins)
+        found.tally = tally(script, played, run.config.skills)
         return script, played
     return None
 
@@ -248,6 +248,9 @@ def _notes(run: _Run) -> list[str]:
         notes.append(
             f"{', '.join(run.config.twins)} count as one skill: each is left out too, but reported apart."
         )
+    if run.config.families:
+        joined = ", ".join(" + ".join(family) for family in run.config.families)
+        notes.append(f"One skill each in the stream: {joined}.")
     if "stream" in run.config.only:
         source = "the folder's" if run.outliers else "made of scattered words and tokens"
         notes.append(

@@ -1,6 +1,6 @@
 """What a stream's records came to: experts against skills, how soon, how clean.
 
-Tasks that are twins are one skill. A skill's records count from the moment when its first expert lives (all of them
+Tasks of one family are one skill. A skill's records count from the moment when its first expert lives (all of them
 where it never had one), each with the expert that has it at the end; records that nobody has share one label. An expert
 is of the skill that most of its founding records are of.
 """
@@ -63,9 +63,9 @@ class _Founding:
     distinct: int  # inputs that it was founded of
 
 
-def tally(script: Script, played: Played, twins: Sequence[str]) -> Tally:
+def tally(script: Script, played: Played, families: Sequence[Sequence[str]]) -> Tally:
     """From what was played."""
-    family = dict.fromkeys(twins, "+".join(twins))
+    family = {task: "+".join(tasks) for tasks in families for task in tasks}
     labels = [family.get(label, label) for label in script.labels]
     foundings = _foundings(script, played, labels)
     skills = {name: _skill(name, script, played, labels, foundings) for name in _names(labels)}
