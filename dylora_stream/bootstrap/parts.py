@@ -11,7 +11,7 @@ import structlog
 from dylora_stream.core.errors import ExpertCorrupt, SettingsError
 from dylora_stream.core.experts import ExpertVersion
 from dylora_stream.core.messages import Topic
-from dylora_stream.core.ports import IndexFactory
+from dylora_stream.core.ports import ExpertStore, IndexFactory
 from dylora_stream.core.routing import SERVED_METHODS
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.settings import Settings
@@ -128,7 +128,7 @@ def faiss_index() -> IndexFactory:
     return FaissIndex
 
 
-def statistics_loader(store: FolderStore) -> Callable[[ExpertVersion], ExpertStatistics]:
+def statistics_loader(store: ExpertStore) -> Callable[[ExpertVersion], ExpertStatistics]:
     """Reads an expert's statistics out of its folder."""
     from safetensors.numpy import load_file
 

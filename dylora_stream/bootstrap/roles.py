@@ -7,11 +7,10 @@ import os
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -20,7 +19,6 @@ from dylora_stream.bootstrap.parts import (
     check_method,
     create_topics,
     expert_store,
-    faiss_index,
     fetch_model,
     instance_of,
     kafka_of,
@@ -28,9 +26,9 @@ from dylora_stream.bootstrap.parts import (
     mixture_answerer,
     open_ledger,
     router_parts,
-    statistics_loader,
     wire_codec,
 )
+from dylora_stream.bootstrap.services import child_process, learn_service, serve_service
 from dylora_stream.core.messages import Topic
 from dylora_stream.logs import configure_logs
 from dylora_stream.ops.http import Health, HttpPort, HttpRoutes
@@ -44,11 +42,6 @@ from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
 from dylora_stream.stream.sink import FixedId, KafkaSink, TransactionalIds
 from dylora_stream.stream.source import KafkaSource
 
-if TYPE_CHECKING:
-    from dylora_stream.learn.jobs import ChildProcess
-    from dylora_stream.learn.service import LearnFolders
-    from dylora_stream.learn.training import Training
-
 __all__ = ["child", "learn", "serve", "supervise"]
 
 log = structlog.get_logger(__name__)
@@ -59,29 +52,24 @@ STALLED_S = 600.0  # a loop that has not polled for this long is not alive
 
 def serve(settings: Settings, *, is_supervised: bool = False) -> None:
     """Answer until told to end. Raises DyloraError."""
-    from dylora_stream.model.features import feature_space
-    from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
-    from dylora_stream.serve.service import ServePorts, ServeService, Worker
+    from dylora_stream.serve.service import ServePorts
     from dylora_stream.serve.sharing import SharedAnswerer
 
     with ExitStack() as closing:
         kafka, identity = _enter(settings, "serve", closing)
         backbone = load_backbone(settings)
         answerer = SharedAnswerer(mixture_answerer(settings, backbone))
-        clock, metrics = SystemClock(), Metrics(SystemClock())
-        codec = wire_codec(settings, identity.name)
+        metrics = Metrics(SystemClock())
         ports = ServePorts(
             source=_closing(closing, KafkaSource(kafka, [Topic.REQUESTS], witness=Topic.RESULTS)),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
             changelog=_closing(closing, KafkaChangelog(kafka, Topic.EXPERTS)),
             answerer=answerer,
-            codec=codec,
-            clock=clock,
+            codec=wire_codec(settings, identity.name),
+            clock=SystemClock(),
             metrics=metrics,
         )
-        pipeline = Pipeline(answerer, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
-        worker = Worker(model=backbone.name, feature_space=feature_space(backbone), boot=_boot())
-        service = ServeService(ports, pipeline, settings.serve, worker)
+        service = serve_service(settings, ports, backbone)
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=service.registry.number),
             metrics=metrics.text,
@@ -93,35 +81,24 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
 
 def learn(settings: Settings, *, is_supervised: bool = False) -> None:
     """Learn until told to end. Raises DyloraError."""
-    from dylora_stream.learn.curator import Curator, CuratorConfig
-    from dylora_stream.learn.knowledge import Knowledge
-    from dylora_stream.learn.service import LearnPorts, LearnService
+    from dylora_stream.learn.service import LearnPorts
 
     with ExitStack() as closing:
         kafka, identity = _enter(settings, "learn", closing)
         ledger = _closing(closing, open_ledger(settings))
-        store = expert_store(settings)
-        clock, metrics = SystemClock(), Metrics(SystemClock())
-        codec = wire_codec(settings, identity.name)
-        knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
-        rules = CuratorConfig(
-            lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
-        )
-        curator = Curator(ledger.load(settings.lifecycle.expert_texts), knowledge, codec, clock, rules)
+        metrics = Metrics(SystemClock())
         ports = LearnPorts(
             source=_closing(closing, KafkaSource(kafka, [Topic.SAMPLES, Topic.FEEDBACK], own=ledger)),
             sink=_closing(closing, KafkaSink(kafka, _transactional_ids(settings, identity))),
             experts=_closing(closing, KafkaChangelog(kafka, Topic.EXPERTS)),
             ledger=ledger,
-            child=_closing(closing, _child_process(settings)),
-            store=store,
-            codec=codec,
-            clock=clock,
+            child=_closing(closing, child_process(settings)),
+            store=expert_store(settings),
+            codec=wire_codec(settings, identity.name),
+            clock=SystemClock(),
             metrics=metrics,
         )
-        training = _training(settings)
-        folders = _learn_folders(settings, kafka, training)
-        service = LearnService(ports, curator, settings.learn, training, folders)
+        service, curator = learn_service(settings, ports, kafka.topic(Topic.FEEDBACK))
         routes = HttpRoutes(
             health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
             metrics=metrics.text,
@@ -131,49 +108,6 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
         _until_signalled(service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
-
-
-def _child_process(settings: Settings) -> "ChildProcess":
-    """Learn's child, not started yet."""
-    from dylora_stream.learn.jobs import ChildConfig, ChildProcess
-
-    environment = {
-        "OMP_NUM_THREADS": str(settings.learn.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = (sys.executable, "-m", "dylora_stream", "child", *settings.arguments)
-    return ChildProcess(
-        ChildConfig(command=command, environment=environment, niceness=settings.learn.niceness)
-    )
-
-
-def _training(settings: Settings) -> "Training":
-    """What every job carries; the backbone is named by its files, not loaded."""
-    from dylora_stream.learn.training import Training
-    from dylora_stream.model.identity import DEFAULT_TEMPLATE, feature_space_name, folder_digest
-
-    digest = folder_digest(fetch_model(settings, lambda line: log.info("model_fetched", detail=line)))
-    return Training(
-        seeding=settings.seeding,
-        consolidation=settings.consolidation,
-        check=asdict(settings.check),
-        backbone=digest,
-        feature_space=feature_space_name(settings.model.read_layers, digest),
-        prompt_template=DEFAULT_TEMPLATE,
-        rank=settings.pool.rank,
-    )
-
-
-def _learn_folders(settings: Settings, kafka: KafkaConfig, training: "Training") -> "LearnFolders":
-    """Where learn keeps its jobs; what similarities are measured against belongs to one feature space."""
-    from dylora_stream.learn.service import LearnFolders
-
-    home = settings.store.folder.absolute()
-    return LearnFolders(
-        jobs=home / "jobs",
-        reference=home / f"reference-{training.feature_space}.safetensors",
-        feedback_topic=kafka.topic(Topic.FEEDBACK),
-    )
 
 
 def child(settings: Settings) -> None:
@@ -297,7 +231,3 @@ Port = TypeVar("Port", bound=_Closable)
 def _closing(closing: ExitStack, port: Port) -> Port:
     closing.callback(port.close)
     return port
-
-
-def _boot() -> str:
-    return uuid.uuid4().hex[:12]

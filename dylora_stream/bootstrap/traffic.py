@@ -22,6 +22,7 @@ from dylora_stream.stream.kafka import client_options, connect, kafka_errors
 from dylora_stream.stream.schemas import ResultData
 
 __all__ = [
+    "HEARD",
     "Heard",
     "ResultData",
     "Traffic",
@@ -52,6 +53,23 @@ class Heard:
     registries: list[Registry] = field(default_factory=list)
     dead_letters: list[str] = field(default_factory=list)
 
+    def add(self, topic: Topic, record: RawRecord) -> None:
+        """Sort in what stood on a topic."""
+        match topic:
+            case Topic.RESULTS:
+                self.results.append(codec.decode_result(record))
+            case Topic.EVENTS:
+                self.events.append(codec.decode_event(record))
+            case Topic.DEAD_LETTERS:
+                self.dead_letters.append(_source_position(record))
+            case Topic.EXPERTS if record.key == codec.REGISTRY_KEY:
+                self.registries.append(codec.decode_registry(record))
+            case _:
+                pass
+
+
+HEARD = (Topic.RESULTS, Topic.EVENTS, Topic.DEAD_LETTERS, Topic.EXPERTS)  # where all of it stands
+
 
 class Traffic:
     """Requests in, and all that comes back, from now on."""
@@ -64,9 +82,8 @@ class Traffic:
             "max_request_size": kafka.max_message_bytes,
         }
         self._producer: Any = connect(lambda: KafkaProducer(**options), kafka)
-        topics = (Topic.RESULTS, Topic.EVENTS, Topic.DEAD_LETTERS, Topic.EXPERTS)
-        self._log = KafkaChangelog(kafka, *topics)
-        self._topics = {kafka.topic(topic): topic for topic in topics}
+        self._log = KafkaChangelog(kafka, *HEARD)
+        self._topics = {kafka.topic(topic): topic for topic in HEARD}
 
     def __enter__(self) -> Self:
         return self
@@ -92,21 +109,11 @@ class Traffic:
             found = [future.get(timeout=READ_S) for future in futures]
         return [str(Position(self._topic, sent.partition, sent.offset)) for sent in found]
 
-    def poll(self, timeout_s: float) -> "Heard":
+    def poll(self, timeout_s: float) -> Heard:
         """What came since the last call, sorted by what it is."""
         heard = Heard()
         for record in self._log.poll(timeout_s):
-            match self._topics[record.position.topic]:
-                case Topic.RESULTS:
-                    heard.results.append(codec.decode_result(record))
-                case Topic.EVENTS:
-                    heard.events.append(codec.decode_event(record))
-                case Topic.DEAD_LETTERS:
-                    heard.dead_letters.append(_source_position(record))
-                case Topic.EXPERTS if record.key == codec.REGISTRY_KEY:
-                    heard.registries.append(codec.decode_registry(record))
-                case _:
-                    pass
+            heard.add(self._topics[record.position.topic], record)
         return heard
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dylora_stream.ops.files import FileFormat
+
 if TYPE_CHECKING:
     from dylora_stream.settings import Settings
 
-__all__ = ["BootstrapOption", "ConfigOption", "SetOption", "settings_from"]
+__all__ = ["BootstrapOption", "ConfigOption", "FormatOption", "LimitOption", "SetOption", "settings_from"]
 
 ConfigOption = Annotated[
     Path | None,
@@ -37,6 +39,10 @@ BootstrapOption = Annotated[
         rich_help_panel="Settings",
     ),
 ]
+FormatOption = Annotated[
+    FileFormat, typer.Option("--format", help="auto goes by the suffix; lines takes each line as plain text.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to take; all without it.")]
 
 
 def settings_from(

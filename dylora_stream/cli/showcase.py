@@ -1,4 +1,4 @@
-"""Commands that show: demo and bench."""
+"""Commands that show: demo, rehearse and bench."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,8 @@ import typer
 
 from dylora_stream.cli.continual import continual
 from dylora_stream.cli.novelty import novelty
-from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
+from dylora_stream.cli.options import ConfigOption, FormatOption, LimitOption, SetOption, settings_from
+from dylora_stream.ops.files import FileFormat
 
 __all__ = ["register"]
 
@@ -17,6 +18,7 @@ ReportOption = Annotated[Path | None, typer.Option(help="Also write the numbers 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command("demo", rich_help_panel="Showing")(demo)
+    app.command("rehearse", rich_help_panel="Showing")(rehearse)
     bench = typer.Typer(help="Measurements, each from one run on this machine.", no_args_is_help=True)
     bench.command("throughput")(throughput)
     bench.command("continual")(continual)
@@ -69,6 +71,41 @@ def demo(
         deadline_s=deadline,
     )
     raise typer.Exit(play(chosen, Console()))
+
+
+def rehearse(
+    file: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, readable=True, help="Requests, as produce takes them."),
+    ],
+    file_format: FormatOption = FileFormat.AUTO,
+    limit: LimitOption = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Records answered before learn has its turn; more are faster.")
+    ] = 16,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A new folder that keeps database, jobs and experts; else they go with the run."),
+    ] = None,
+    report: ReportOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """What would the daemon make of my records? Plays a file through serve and learn in this process.
+
+    No broker is needed, and nothing outside the run's own folder is touched. Each record is answered before anything
+    is learned of it; a batch waits until all trainings of the one before it are done, so that a run can be repeated.
+    Records that name their right answer (`output`) teach. Ctrl-C shows what came of it until then.
+    """
+    from rich.console import Console
+
+    from dylora_stream.demo.rehearsal import RehearsalConfig
+    from dylora_stream.demo.rehearsal import rehearse as play
+    from dylora_stream.ops.files import ReadOptions
+
+    options = ReadOptions(format=file_format, limit=limit)
+    chosen = RehearsalConfig(file=file, options=options, batch=batch, keep=keep, report=report)
+    play(chosen, settings_from(config, assignments), Console())
 
 
 def throughput(

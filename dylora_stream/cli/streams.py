@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.cli.options import (
+    BootstrapOption,
+    ConfigOption,
+    FormatOption,
+    LimitOption,
+    SetOption,
+    settings_from,
+)
 from dylora_stream.core.errors import DyloraError
 from dylora_stream.core.messages import Topic
 from dylora_stream.ops.files import (
@@ -32,10 +39,6 @@ __all__ = ["register"]
 FileArgument = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="The file to send.")
 ]
-FormatOption = Annotated[
-    FileFormat, typer.Option("--format", help="auto goes by the suffix; lines sends each line as plain text.")
-]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to send; all without it.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -1,6 +1,6 @@
 """The demo's live view: a table while the stream plays, plain lines where there is no terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dylora_stream.demo.journal import Journal, Task
 
-__all__ = ["View"]
+__all__ = ["View", "event_line"]
 
 RECENT = 8  # lines of what happened
 LAST = 20  # records of the rolling accuracy
@@ -58,14 +58,8 @@ class View:
 
     def tell_event(self, kind: str, entity: str, data: dict[str, object]) -> None:
         """A lifecycle event, where it means something to a stranger."""
-        if kind not in SHOWN:
-            return
-        details = ", ".join(
-            f"{key} {data[key]}"
-            for key in ("kind", "version", "rows", "decision", "into", "accuracy", "error")
-            if key in data
-        )
-        self.tell(f"{SHOWN[kind]}: {entity}" + (f" ({details})" if details else ""))
+        if (line := event_line(kind, entity, data)) is not None:
+            self.tell(line)
 
     def _picture(self) -> Group:
         table = Table(title="DyLoRA Stream demo")
@@ -82,3 +76,15 @@ class View:
             "an expert is in training; the stream trickles" if self._journal.is_training else "streaming"
         )
         return Group(table, Text(training, style="bold"), *(Text(line) for line in self._lines[-RECENT:]))
+
+
+def event_line(kind: str, entity: str, data: Mapping[str, object]) -> str | None:
+    """A lifecycle event in words; None where it means nothing to a stranger."""
+    if kind not in SHOWN:
+        return None
+    details = ", ".join(
+        f"{key} {data[key]}"
+        for key in ("kind", "version", "rows", "decision", "into", "accuracy", "error")
+        if key in data
+    )
+    return f"{SHOWN[kind]}: {entity}" + (f" ({details})" if details else "")

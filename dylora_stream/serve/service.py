@@ -132,8 +132,7 @@ class ServeService:
     def run(self) -> None:
         """Answer until drained; a BrokerError, StoreError or ModelError ends it."""
         self._note(self._ports.changelog.catch_up(self._config.registry_timeout_s))
-        self._prepare()
-        self._activate(is_waiting=True)
+        self.take_newest()
         self._announce(EventType.WORKER_STARTED)
         self._progress.is_ready = True
         log.info(
@@ -145,6 +144,12 @@ class ServeService:
         self._preparer.shutdown(cancel_futures=True)
         self._announce(EventType.WORKER_STOPPED)
         log.info("worker_stopped", role="serve")
+
+    def take_newest(self) -> None:
+        """Swap to the newest registry, waiting for it: `step` goes on with the old one while it is being prepared."""
+        self._note(self._ports.changelog.poll())
+        self._prepare()
+        self._activate(is_waiting=True)
 
     def step(self) -> int:
         """One batch, a to e; returns how many records it settled."""

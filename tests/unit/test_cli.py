@@ -22,7 +22,7 @@ from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, Stored
 COMMANDS = [
     ("run",), ("broker",), ("produce",), ("record",), ("replay",), ("score",), ("doctor",), ("config", "show"),
     ("model", "fetch"), ("dead-letters", "list"), ("dead-letters", "replay"),
-    ("version",), ("demo",), ("bench", "throughput"), ("bench", "continual"), ("bench", "novelty"),
+    ("version",), ("demo",), ("rehearse",), ("bench", "throughput"), ("bench", "continual"), ("bench", "novelty"),
     ("experts", "list"), ("experts", "show"), ("experts", "export"), ("experts", "retire"), ("samples", "stats"),
     ("topics", "list"), ("topics", "create"), ("child",),
 ]  # fmt: skip
