@@ -27,7 +27,7 @@ from dylora_stream.core.ledger import (
     RowState,
 )
 from dylora_stream.core.messages import Feedback, OutboundMessage, Position, Topic
-from dylora_stream.store.database import DuckLedger
+from dylora_stream.store.database import DatabaseConfig, DuckLedger
 from dylora_stream.testing import MemoryLedger
 
 Reload = Callable[[Ledger], Ledger]
@@ -465,3 +465,18 @@ class writer:  # noqa: N801 - reads as a block's opening
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+def test_more_rows_than_duckdb_may_take_at_once_are_loaded(tmp_path: Path) -> None:
+    """All rows that wait, of a wide backbone, are more than `store.memory_limit`; a start reads them, oldest first."""
+    path = tmp_path / "learn.duckdb"
+    DuckLedger(path).close()
+    with duckdb.connect(str(path)) as db:  # 48 MB of features
+        db.execute(
+            "INSERT INTO rows BY NAME SELECT 'r:0:' || number AS position, 'default' AS tenant, 'text' AS input, "
+            "'novel' AS reason, 12_000 - number AS time_ms, 0 AS served_version, 'waiting' AS state, "
+            "false AS is_trained, range(1024)::FLOAT[] AS features FROM range(12_000) numbers(number)"
+        )
+    ledger = DuckLedger(path, DatabaseConfig(memory_limit="40MB"))
+    assert [row.time_ms for row in ledger.load(384).rows] == list(range(1, 12_001))
+    ledger.close()
