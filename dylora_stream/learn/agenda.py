@@ -3,10 +3,10 @@
 Nothing is changed here but the memory of what came to nothing. A job that failed (a full disk, a child that was killed)
 says nothing about its rows: its cluster or expert rests for a while, longer after each failure, and it is tried again;
 rows to be sketched with fewer at once (`learn.sketching`). An expert whose new version was rejected waits for twice as
-many new rows.
+many new rows, in the end for as many as one job takes, all of them rows that the last attempt did not have.
 """
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dylora_stream.core.experts import Registry
@@ -30,6 +30,14 @@ class JobRequest:
     expert_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _InVain:
+    """Attempts to consolidate an expert that came to nothing, and the rows of the last one."""
+
+    attempts: int = 0
+    positions: frozenset[str] = frozenset()
+
+
 class Agenda:
     """What is to be done next, by the state of the buffers and the experts."""
 
@@ -40,7 +48,7 @@ class Agenda:
         self._clock = clock
         self._sketching = Sketching(rules, clock)
         self._resting: dict[str, BackOff] = {}  # clusters and experts whose last job failed
-        self._vain_attempts: Counter[str] = Counter()  # to consolidate an expert, since its last new version
+        self._in_vain: dict[str, _InVain] = {}  # by expert, since its last new version
 
     def next(self, registry: Registry) -> JobRequest | None:
         """The most useful job, or None."""
@@ -65,11 +73,12 @@ class Agenda:
 
     def was_in_vain(self, job: JobRecord) -> None:
         """An expert's new version was rejected."""
-        self._vain_attempts[job.expert_id or ""] += 1
+        before = self._in_vain.get(job.expert_id or "", _InVain())
+        self._in_vain[job.expert_id or ""] = _InVain(before.attempts + 1, frozenset(job.positions))
 
     def has_new_version(self, expert_id: str) -> None:
         """What was in vain before is forgotten."""
-        self._vain_attempts.pop(expert_id, None)
+        self._in_vain.pop(expert_id, None)
 
     def _sketch_job(self) -> JobRequest | None:
         rows = self._sketching.next(self._buffers.rows.in_state(RowState.WAITING))
@@ -98,8 +107,7 @@ class Agenda:
         for version in registry.experts:
             owned = self._buffers.rows.of_expert(version.expert_id)
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
-            is_due = sum(not row.is_trained for row in rows) >= self._wanted_to_consolidate(version.expert_id)
-            if is_due and not self._rests(version.expert_id):
+            if self._is_due(version.expert_id, rows) and not self._rests(version.expert_id):
                 named = {"tenant": version.tenant, "expert_id": version.expert_id}
                 return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
         return None
@@ -119,9 +127,13 @@ class Agenda:
                 return True
         return False
 
-    def _wanted_to_consolidate(self, expert_id: str) -> int:
-        """New rows before an expert is trained again; twice as many after each attempt that came to nothing."""
-        return self._rules.rows_to_consolidate << self._vain_attempts[expert_id]
+    def _is_due(self, expert_id: str, rows: Sequence[LedgerRow]) -> bool:
+        """Whether there are new rows enough: as many again as all attempts that came to nothing have had, and no more
+        than a job takes."""
+        in_vain = self._in_vain.get(expert_id, _InVain())
+        wanted = self._rules.rows_to_consolidate << max(in_vain.attempts - 1, 0)
+        new = sum(not row.is_trained and row.position not in in_vain.positions for row in rows)
+        return new >= min(wanted, self._rules.max_consolidate_rows)
 
 
 def _whose(job: JobRecord) -> str:

@@ -41,6 +41,10 @@ class LifecycleConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_seed_rows < self.rows_to_seed:
             raise ValueError(f"max_seed_rows must be at least rows_to_seed ({self.rows_to_seed})")
+        if self.max_consolidate_rows < self.rows_to_consolidate:
+            raise ValueError(
+                f"max_consolidate_rows must be at least rows_to_consolidate ({self.rows_to_consolidate})"
+            )
         if not 0 <= self.mature_accuracy <= 1:
             raise ValueError(f"mature_accuracy must lie between 0 and 1, not {self.mature_accuracy}")
         if self.expire_after_days <= 0:

@@ -317,6 +317,30 @@ def test_an_attempt_in_vain_doubles_the_rows_to_the_next() -> None:
     assert desk.start().kind is JobKind.CONSOLIDATE
 
 
+def test_attempts_in_vain_never_end_consolidation() -> None:
+    """However many were rejected: with as many new rows as a job takes, none of them tried before, the next one comes;
+    with fewer it does not."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    for attempt in range(1, 7):
+        desk.end(desk.start(), "rejected")
+        wanted = min(RULES.rows_to_consolidate << (attempt - 1), RULES.max_consolidate_rows)
+        desk.clock.advance(1.0)
+        known(desk, expert, 1000 * attempt, wanted - 1)
+        assert desk.curator.next_job() is None
+        known(desk, expert, 1000 * attempt + wanted, 1)
+    assert desk.start().kind is JobKind.CONSOLIDATE
+
+
+def test_a_consolidation_that_no_rows_could_fill_is_refused() -> None:
+    """A job takes `max_consolidate_rows`, so more new rows than that would never come together."""
+    with pytest.raises(
+        ValueError, match=r"max_consolidate_rows must be at least rows_to_consolidate \(300\)"
+    ):
+        replace(RULES, rows_to_consolidate=300)
+
+
 def test_a_retired_expert_is_out_and_its_kind_is_new_again() -> None:
     """Once; its rows are put aside, also after a restart; its kind founds another expert, from new rows alone."""
     desk = Desk()

@@ -84,7 +84,7 @@ def test_a_row_is_found_by_each_of_its_keys_whatever_became_of_it() -> None:
 def test_a_long_stream_does_not_grow_the_process_or_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known records by the thousand: the newest stay, and in the ledger those that the expert was trained on."""
     monkeypatch.setattr("dylora_stream.learn.buffers.SLACK_ROWS", 64)
-    desk = Desk(replace(RULES, rows_to_consolidate=10_000))
+    desk = Desk()
     expert = desk.grow_expert("apple")
     trained = [each.position for each in desk.ledger.training_rows(expert, 1)]
     for begin in range(1000, 3000, 100):
