@@ -102,7 +102,9 @@ class Agenda:
         return None
 
     def _consolidation_job(self, registry: Registry) -> JobRequest | None:
-        if self._is_filling():  # what nobody knows yet comes before what is known already
+        if (
+            not self._is_full(registry) and self._is_filling()
+        ):  # what nobody knows yet comes before what is known
             return None
         for version in registry.experts:
             owned = self._buffers.rows.of_expert(version.expert_id)
@@ -117,13 +119,17 @@ class Agenda:
         return name in self._resting and self._clock.now_ms() < self._resting[name].until_ms
 
     def _is_filling(self) -> bool:
-        """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon."""
+        """Whether a buffer has a good part of its rows and still gets new ones, so that its job will come soon.
+
+        One that has all its rows and is not ready (a flood, one text, scattered rows) may never be: it holds up nobody.
+        """
         since_ms = self._clock.now_ms() - 1000 * self._rules.filling_s
         for cluster in self._buffers.clusters.values():
             if cluster.state is not ClusterState.OPEN or self._rests(cluster.cluster_id):
                 continue
             members = self._buffers.members(cluster.cluster_id)
-            if 4 * len(members) >= cluster.rows_wanted and members[-1].time_ms >= since_ms:
+            is_partly_full = cluster.rows_wanted <= 4 * len(members) < 4 * cluster.rows_wanted
+            if is_partly_full and members[-1].time_ms >= since_ms:
                 return True
         return False
 

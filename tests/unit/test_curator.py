@@ -303,6 +303,24 @@ def test_a_buffer_that_is_filling_comes_before_consolidation() -> None:
     assert desk.start().kind is JobKind.CONSOLIDATE
 
 
+def test_a_full_pool_does_not_end_consolidation() -> None:
+    """A kind that there is no place for keeps coming; the experts that there are learn on all the same."""
+    desk = Desk(slots=1)
+    expert = desk.grow_expert("apple")
+    desk.gather(texts("bolt", 0, RULES.rows_to_seed - 1))
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    assert desk.start().kind is JobKind.CONSOLIDATE
+
+
+def test_a_full_buffer_that_is_never_ready_does_not_end_consolidation() -> None:
+    """One text again and again fills a buffer that no job will come of."""
+    desk = Desk()
+    expert = desk.grow_expert("apple")
+    desk.gather(["bolt 1"] * RULES.rows_to_seed)
+    known(desk, expert, 100, RULES.rows_to_consolidate)
+    assert desk.start().kind is JobKind.CONSOLIDATE
+
+
 def test_an_attempt_in_vain_doubles_the_rows_to_the_next() -> None:
     """Rejected, consolidation waits for twice as many new rows; a success starts the count anew."""
     desk = Desk()
