@@ -177,7 +177,8 @@ class LearnService:
 
     def recover(self) -> None:
         """Go on where the last process stopped: published messages are forgotten, the experts in service taken over,
-        running jobs taken up again, and folders of ended ones removed."""
+        running jobs taken up again, and folders of ended ones removed. Raises ModelMismatch."""
+        self._keep_to_one_model()
         self._outbox.forget_published()
         self._experts.hear(self._ports.experts.catch_up(self._config.registry_timeout_s))
         self._agree()
@@ -209,6 +210,15 @@ class LearnService:
         for kind in changes.events:
             self._ports.metrics.happened(kind)
 
+    def _keep_to_one_model(self) -> None:
+        """The database's rows and experts are of one backbone and one feature space; an empty one takes this
+        process's."""
+        own = self._curator.registry
+        if own.experts or self._curator.summary()["rows"]:
+            self._training.refuse_other_model(own, "the rows and experts of learn's database are")
+        if own != (named := self._training.named(own)):
+            self._commit(self._curator.adopt(named, unpublished=()))
+
     # ── 0: the experts in service ────────────────────────────────────────────────────────────────────────────────────
 
     def _agree(self) -> None:
@@ -216,7 +226,7 @@ class LearnService:
         agreed, published = self._experts.agree(
             self._curator.registry, [message for _, message in self._ports.ledger.outbox()]
         )
-        self._training.refuse_other_model(published)
+        self._training.refuse_other_model(published, "the experts in service are")
         unpublished = missing_from(published, agreed)
         if agreed is self._curator.registry and not unpublished:
             return

@@ -1,7 +1,7 @@
 """What a training job is told, and the version that comes of it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dylora_stream.core.errors import ModelMismatch
@@ -26,16 +26,22 @@ class Training:
     prompt_template: str
     rank: int
 
-    def refuse_other_model(self, registry: Registry) -> None:
-        """Raises ModelMismatch where these experts are of another backbone or stem, as serve does."""
+    def named(self, registry: Registry) -> Registry:
+        """The registry as one of this backbone and feature space."""
+        return replace(registry, backbone=self.backbone, feature_space=self.feature_space)
+
+    def refuse_other_model(self, registry: Registry, whose: str) -> None:
+        """Raises ModelMismatch where the registry is of another backbone or stem, as serve does. whose: what to call it
+        and what belongs to it."""
         for what, found, own in (
             ("backbone", registry.backbone, self.backbone),
             ("feature space", registry.feature_space, self.feature_space),
         ):
             if found not in ("", own):
                 raise ModelMismatch(
-                    f"the experts in service were trained for the {what} {found[:32]}, this process runs {own[:32]}: "
-                    "set model.name and model.stem_layers back, or use another topic prefix"
+                    f"{whose} of the {what} {found[:32]}, this process runs {own[:32]}: set model.name, "
+                    "model.stem_layers and model.feature_layers back, or use another topic prefix with another "
+                    "store.folder"
                 )
 
     def description(self, request: JobRequest, registry: Registry, store: ExpertStore) -> dict[str, Any]:

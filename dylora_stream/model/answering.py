@@ -187,7 +187,8 @@ class MixtureAnswerer:
             if found not in ("", own):
                 raise ModelMismatch(
                     f"the registry was made for the {what} {found[:32]}, this process runs {own[:32]}: "
-                    "set model.name, model.stem_layers and model.feature_layers back, or use another topic prefix"
+                    "set model.name, model.stem_layers and model.feature_layers back, or use another topic prefix with "
+                    "another store.folder"
                 )
 
     def _admit(self, request: Request, prompt: list[int]) -> list[list[int]]:

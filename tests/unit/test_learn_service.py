@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -491,6 +492,29 @@ def test_experts_of_another_backbone_are_not_taken_over(workshop: Workshop) -> N
     with pytest.raises(ModelMismatch, match="set model.name"):
         workshop.start()
     assert len(workshop.broker.records(Topic.EXPERTS)) == 1
+
+
+@pytest.mark.parametrize("inputs", [INPUTS[:5], INPUTS])
+def test_a_database_of_another_model_is_not_gone_on_with(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, inputs: Sequence[str]
+) -> None:
+    """Rows of two feature spaces cannot be compared, and experts of another backbone must not reach topics that have
+    none: with rows alone or with an expert, also on topics of another prefix, learn ends with what to do."""
+    workshop.send(inputs)
+    workshop.steps(STEPS)
+    other = replace(TRAINING, backbone="other", feature_space="other")
+    monkeypatch.setattr(sys.modules[__name__], "TRAINING", other)
+    workshop.broker = MemoryBroker()
+    with pytest.raises(ModelMismatch, match=r"set model.name.* another store.folder"):
+        workshop.start()
+    assert not workshop.broker.records(Topic.EXPERTS)
+
+
+def test_a_database_without_rows_is_any_models(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first start with the wrong model leaves nothing behind."""
+    monkeypatch.setattr(sys.modules[__name__], "TRAINING", replace(TRAINING, feature_space="other"))
+    workshop.start()
+    assert workshop.ledger.load().registry.feature_space == "other"
 
 
 def test_an_outbox_in_doubt_waits_until_the_broker_says_what_it_has(
