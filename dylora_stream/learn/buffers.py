@@ -50,7 +50,10 @@ class Buffers:
 
     def __init__(self, state: LedgerState, config: ClusteringConfig, rules: LifecycleConfig) -> None:
         self.rows = Rows(state.rows)
-        self.clusters = {cluster.cluster_id: cluster for cluster in state.clusters}
+        self.clusters = {  # by the rules of now, not those of the process that founded them
+            cluster.cluster_id: replace(cluster, rows_wanted=rules.rows_wanted(cluster.rejections))
+            for cluster in state.clusters
+        }
         self._config = config
         self._rules = rules
         self._crowded_at = SLACK_ROWS  # rows from which they may be too many
@@ -235,7 +238,7 @@ class Buffers:
             tenant=row.tenant,
             state=ClusterState.OPEN,
             created_ms=row.time_ms,
-            rows_wanted=self._rules.rows_to_seed,
+            rows_wanted=self._rules.rows_wanted(0),
         )
         self.put_cluster(cluster, changes)
         return (cluster,)

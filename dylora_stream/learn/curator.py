@@ -302,7 +302,7 @@ class Curator:
     def _back_off(self, cluster: ClusterRecord, changes: Changes) -> None:
         rejections = cluster.rejections + 1
         if rejections < self._rules.max_rejections:
-            wanted = self._rules.rows_after_rejection(cluster.rows_wanted)
+            wanted = self._rules.rows_wanted(rejections)
             self._reopen(replace(cluster, rejections=rejections, rows_wanted=wanted), changes)
             return
         self._buffers.put_cluster(

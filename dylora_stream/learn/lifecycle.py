@@ -62,9 +62,12 @@ class LifecycleConfig:
         """Newest texts of an expert whose rows are held in memory: twice as many as a consolidation takes."""
         return 2 * self.max_consolidate_rows
 
-    def rows_after_rejection(self, rows_wanted: int) -> int:
-        """How many rows a cluster must have before the next attempt."""
-        return int(rows_wanted * self.rejection_backoff) + 1
+    def rows_wanted(self, rejections: int) -> int:
+        """How many rows a cluster must have before its next attempt."""
+        wanted = self.rows_to_seed
+        for _ in range(rejections):
+            wanted = int(wanted * self.rejection_backoff) + 1
+        return wanted
 
 
 @dataclass(slots=True)

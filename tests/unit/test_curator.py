@@ -303,6 +303,17 @@ def test_a_buffer_that_is_filling_comes_before_consolidation() -> None:
     assert desk.start().kind is JobKind.CONSOLIDATE
 
 
+def test_a_changed_number_of_rows_holds_for_clusters_that_are_there() -> None:
+    """Whoever lowers `rows_to_seed` because nothing comes of a kind has an expert of it after the restart."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed - 4))
+    assert desk.curator.next_job() is None
+    desk.rules = replace(RULES, rows_to_seed=RULES.rows_to_seed - 4)
+    desk.reopen()
+    desk.end(desk.start(), "rejected")
+    assert [cluster.rows_wanted for cluster in desk.clusters] == [40]  # 1.5 times as many, and one
+
+
 def test_a_full_pool_does_not_end_consolidation() -> None:
     """A kind that there is no place for keeps coming; the experts that there are learn on all the same."""
     desk = Desk(slots=1)
