@@ -153,6 +153,7 @@ class Changes:
     forgotten: list[str] = field(
         default_factory=list
     )  # positions of rows that are deleted, after the upserts
+    ended: list[str] = field(default_factory=list)  # ids of clusters that are deleted, after the upserts
     era: int | None = None  # of the requests topic, from now on
     unlabelled_before_ms: int | None = (
         None  # rows without a right answer from before then are deleted as well
@@ -169,6 +170,7 @@ class Changes:
             or self.positions
             or self.answers
             or self.forgotten
+            or self.ended
             or self.era is not None
             or self.unlabelled_before_ms is not None
         )

@@ -201,7 +201,16 @@ class Buffers:
             self._of(row.tenant).forget([row.position])
             if not is_kept_on_disk(row):
                 changes.forgotten.append(row.position)
+        self._end_clusters(changes)
         self._crowded_at = round(len(self.rows) * (1 + SLACK_SHARE)) + SLACK_ROWS
+
+    def _end_clusters(self, changes: Changes) -> None:
+        """Forget clusters that have lost all their rows: every outlier founds one."""
+        kept = self.rows.clusters()
+        for cluster in list(self.clusters.values()):
+            if cluster.cluster_id not in kept and cluster.state is not ClusterState.TRAINING:
+                del self.clusters[cluster.cluster_id]
+                changes.ended.append(cluster.cluster_id)
 
     def age_s(self, now_ms: int) -> float:
         """Seconds since the oldest row that waits for an expert was sent; 0 without one."""
@@ -252,7 +261,7 @@ class Buffers:
             self._witness(row)
         kept = [*self.rows.in_state(RowState.CLUSTERED), *self.rows.in_state(RowState.SETTLED)]
         for row in sorted(kept, key=by_age):
-            if row.cluster_id is not None and row.state is self._state_in(row.cluster_id):
+            if row.cluster_id in self.clusters and row.state is self._state_in(row.cluster_id):
                 self._restore(row, row.cluster_id)
         for cluster in self.clusters.values():
             if cluster.state is ClusterState.TRAINING:

@@ -77,8 +77,7 @@ def _all_but_freshest(waiting: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
 
 def _settled(rows: Sequence[LedgerRow], clusters: Mapping[str, ClusterRecord]) -> list[LedgerRow]:
     """All that expired or were a retired expert's, and the oldest of the others."""
-    recognised = [
-        row for row in rows if row.cluster_id is not None and clusters[row.cluster_id].state in CLOSED
-    ]
+    closed = {name for name, cluster in clusters.items() if cluster.state in CLOSED}
+    recognised = [row for row in rows if row.cluster_id in closed]
     kept = {row.position for row in recognised[-MOST_SETTLED:]}
     return [row for row in rows if row.position not in kept]

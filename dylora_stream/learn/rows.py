@@ -1,6 +1,7 @@
 """The rows that learn has in memory, found by position, state, cluster, owner and request without a search."""
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 from dylora_stream.core.ledger import LedgerRow, RowState
 
@@ -69,6 +70,10 @@ class Rows:
         """Oldest first, whatever their state."""
         return sorted(self._clusters.get(cluster_id, {}).values(), key=by_age)
 
+    def clusters(self) -> AbstractSet[str]:
+        """Clusters that have rows."""
+        return self._clusters.keys()
+
     def of_expert(self, expert_id: str) -> list[LedgerRow]:
         """Rows that are this expert's, oldest first."""
         return sorted(self._owners.get(expert_id, {}).values(), key=by_age)
@@ -93,3 +98,5 @@ class Rows:
     def _unlist(self, row: LedgerRow) -> None:
         for table in self._tables(row):
             table.pop(row.position, None)
+        if not self._clusters.get(row.cluster_id or "", True):
+            del self._clusters[row.cluster_id or ""]

@@ -188,8 +188,8 @@ class DuckLedger:
 
     def _apply(self, changes: Changes) -> None:
         self._upsert("rows", [_row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
-        self._forget(changes)
         self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
+        self._forget(changes)
         self._upsert("jobs", [job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
         self._upsert("versions", [version_values(version) for version in changes.versions], VERSION_SCHEMA)
         if changes.registry is not None:
@@ -211,11 +211,14 @@ class DuckLedger:
             )
 
     def _forget(self, changes: Changes) -> None:
-        if changes.forgotten:
-            gone = pa.table({"position": changes.forgotten})
-            self._db.register("gone", gone)
-            self._db.execute("DELETE FROM rows WHERE position IN (SELECT position FROM gone)")
-            self._db.unregister("gone")
+        for table, key, names in (
+            ("rows", "position", changes.forgotten),
+            ("clusters", "cluster_id", changes.ended),
+        ):
+            if names:
+                self._db.register("gone", pa.table({"name": names}))
+                self._db.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT name FROM gone)")  # noqa: S608 - ours
+                self._db.unregister("gone")
         if changes.unlabelled_before_ms is not None:
             self._db.execute(
                 "DELETE FROM rows WHERE state = 'unlabelled' AND time_ms < ?", [changes.unlabelled_before_ms]

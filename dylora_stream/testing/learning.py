@@ -89,7 +89,8 @@ class MemoryLedger:
             if position not in changes.forgotten
             and not (row.state is RowState.UNLABELLED and before_ms is not None and row.time_ms < before_ms)
         }
-        self._clusters |= changes.clusters
+        clusters = self._clusters | changes.clusters
+        self._clusters = {name: each for name, each in clusters.items() if name not in changes.ended}
         self._jobs |= changes.jobs
         self._versions |= jobs
         self._registry = changes.registry or self._registry

@@ -115,6 +115,18 @@ def job(job_id: str, *numbers: int, state: JobState = JobState.RUNNING) -> JobRe
     )
 
 
+def cluster(name: str) -> ClusterRecord:
+    """An open cluster."""
+    return ClusterRecord(
+        cluster_id=name,
+        skill_id=f"s-{name}",
+        tenant="default",
+        state=ClusterState.OPEN,
+        created_ms=1,
+        rows_wanted=48,
+    )
+
+
 def messages(*values: bytes) -> list[OutboundMessage]:
     """Messages to the events topic."""
     return [OutboundMessage(topic=Topic.EVENTS, key=b"k", value=value) for value in values]
@@ -166,6 +178,13 @@ def test_forgotten_rows_are_gone(ledger: Ledger) -> None:
     rows = [row(1), row(2), row(3)]
     ledger.commit(Changes(rows={each.position: each for each in rows}, forgotten=["requests:0:2"]))
     assert_same_rows(list(reloaded(ledger).load().rows), [row(1), row(3)])
+
+
+def test_ended_clusters_are_gone(ledger: Ledger) -> None:
+    """Deleted after the upserts of the same commit; the others stay, and so do rows."""
+    ledger.commit(Changes(clusters={name: cluster(name) for name in ("c-1", "c-2")}))
+    ledger.commit(Changes(clusters={"c-3": cluster("c-3")}, ended=["c-2", "c-3"]))
+    assert [each.cluster_id for each in reloaded(ledger).load().clusters] == ["c-1"]
 
 
 def test_rows_that_waited_too_long_for_an_answer_are_deleted(ledger: Ledger) -> None:

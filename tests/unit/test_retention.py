@@ -98,6 +98,25 @@ def test_a_long_stream_does_not_grow_the_process_or_the_ledger(monkeypatch: pyte
     assert max(numbers(list(desk.rows))) == 2999
 
 
+def test_clusters_go_with_the_last_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each outlier founds a cluster; those of rows that are held no more are forgotten, here and in the ledger."""
+    monkeypatch.setattr("dylora_stream.learn.buffers.SLACK_ROWS", 64)
+    monkeypatch.setattr(retention, "MOST_WAITING", 100)
+    desk = Desk()
+    rng = np.random.default_rng(0)
+    for begin in range(0, 1000, 50):
+        for text in texts("apple", begin, begin + 50):
+            desk.take([text], features=rng.standard_normal(16).astype(np.float32))
+        job = desk.start()
+        sketches = {position: rng.standard_normal(8).astype(np.float32) for position in job.positions}
+        desk.commit(desk.curator.sketched(job, sketches))
+        desk.clock.advance(60.0)
+    desk.take([])
+    assert {each.cluster_id for each in desk.rows if each.cluster_id} <= {c.cluster_id for c in desk.clusters}
+    assert len(desk.clusters) < 400
+    assert set(desk.curator._buffers.clusters) == {cluster.cluster_id for cluster in desk.clusters}
+
+
 def test_a_very_late_answer_finds_its_row_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is held no more and was not deleted; recalled, it waits for an expert like any other."""
     monkeypatch.setattr("dylora_stream.learn.buffers.SLACK_ROWS", 8)
