@@ -47,7 +47,7 @@ __all__ = ["DatabaseConfig", "DuckLedger"]
 
 SCHEMA_VERSION = 2
 UPGRADED_FROM = 1  # by upgrade.sql
-READ_ROWS = 1024  # at once; of a backbone of width 2048 they take 44 MB
+ROWS_AT_ONCE = 1024  # read or written; of a backbone of width 2048 they take 48 MB
 WITHOUT_IT = (
     "the samples topic rebuilds the rows and the experts stay in service; only this file knows which rows they were "
     "trained on"
@@ -225,12 +225,13 @@ class DuckLedger:
             )
 
     def _upsert(self, table: str, values: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-        if not values:
-            return
-        incoming = pa.Table.from_pylist(list(values), schema=schema)
-        self._db.register("incoming", incoming)
-        self._db.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM incoming")  # noqa: S608 - our own names
-        self._db.unregister("incoming")
+        for begin in range(
+            0, len(values), ROWS_AT_ONCE
+        ):  # one statement needs memory for all that it inserts
+            incoming = pa.Table.from_pylist(list(values[begin : begin + ROWS_AT_ONCE]), schema=schema)
+            self._db.register("incoming", incoming)
+            self._db.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM incoming")  # noqa: S608 - our own names
+            self._db.unregister("incoming")
 
     def positions(self) -> dict[Partition, int]:
         """See the port."""
@@ -308,7 +309,7 @@ class DuckLedger:
         """Read batch by batch: what a start loads is more than DuckDB may take at once, and more than it may sort."""
         cursor = self._db.cursor()  # a connection of its own: results of `execute` here may be half read
         try:
-            batches: Any = cursor.sql(query, params=parameters).to_arrow_reader(READ_ROWS)
+            batches: Any = cursor.sql(query, params=parameters).to_arrow_reader(ROWS_AT_ONCE)
             return [row for batch in batches for row in _batch_rows(batch)]
         finally:
             cursor.close()

@@ -486,8 +486,9 @@ class writer:  # noqa: N801 - reads as a block's opening
         self._process.communicate()
 
 
-def test_more_rows_than_duckdb_may_take_at_once_are_loaded(tmp_path: Path) -> None:
-    """All rows that wait, of a wide backbone, are more than `store.memory_limit`; a start reads them, oldest first."""
+def test_more_rows_than_duckdb_may_take_at_once_are_loaded_and_committed(tmp_path: Path) -> None:
+    """All rows that wait, of a wide backbone, are more than `store.memory_limit`: a start reads them, oldest first, and
+    what moves all of them (an expert that claims them, a month without records) is one commit."""
     path = tmp_path / "learn.duckdb"
     DuckLedger(path).close()
     with duckdb.connect(str(path)) as db:  # 48 MB of features
@@ -497,5 +498,8 @@ def test_more_rows_than_duckdb_may_take_at_once_are_loaded(tmp_path: Path) -> No
             "false AS is_trained, range(1024)::FLOAT[] AS features FROM range(12_000) numbers(number)"
         )
     ledger = DuckLedger(path, DatabaseConfig(memory_limit="40MB"))
-    assert [row.time_ms for row in ledger.load(384).rows] == list(range(1, 12_001))
+    rows = ledger.load(384).rows
+    assert [row.time_ms for row in rows] == list(range(1, 12_001))
+    ledger.commit(Changes(rows={each.position: replace(each, state=RowState.SETTLED) for each in rows}))
+    assert ledger.summary().rows == {"settled": 12_000}
     ledger.close()
