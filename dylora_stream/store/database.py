@@ -9,7 +9,7 @@ import base64
 import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -183,7 +183,8 @@ class DuckLedger:
                 self._apply(changes)
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                with suppress(duckdb.Error):  # a COMMIT that failed has rolled back by itself
+                    self._db.execute("ROLLBACK")
                 raise
 
     def _apply(self, changes: Changes) -> None:

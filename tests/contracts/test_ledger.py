@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from learning import CODEC
 
-from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy
+from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import (
     Changes,
@@ -397,6 +397,31 @@ def test_a_second_process_is_refused_and_told_what_to_do(tmp_path: Path) -> None
             DuckLedger(path)
         process.kill()
     DuckLedger(path).close()
+
+
+class FullDisk:
+    """A connection whose commits find no room, as DuckDB says it: rolled back by then."""
+
+    def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
+        self._db = db
+
+    def execute(self, statement: str, *values: object) -> object:
+        """As the connection does."""
+        if statement == "COMMIT":
+            self._db.execute("ROLLBACK")
+            raise duckdb.TransactionException(
+                'TransactionContext Error: Failed to commit: Could not write file "learn.duckdb.wal": No space left on '
+                "device"
+            )
+        return self._db.execute(statement, *values)
+
+
+def test_a_disk_that_is_full_at_the_commit_is_named(tmp_path: Path) -> None:
+    """And not the rollback that there was nothing left to do for."""
+    ledger = DuckLedger(tmp_path / "learn.duckdb")
+    ledger._db = FullDisk(ledger._db)
+    with pytest.raises(DiskFull, match="free some space"):
+        ledger.commit(Changes(positions={("samples", 0): 7}))
 
 
 def test_a_garbage_file_is_reported_and_never_deleted(tmp_path: Path) -> None:
