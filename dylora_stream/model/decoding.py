@@ -20,6 +20,7 @@ DROP_SHARE = (
     0.25  # of the rows still in the batch; fewer ended ones are carried, as cutting a cache copies it
 )
 CHOICE_ROWS = 64  # rows of one pass over choices: bounds the copies of prompts' caches
+CHOICE_TOKENS = 2048  # of such a pass, padding included: 1 GB of logits over a vocabulary of 49,000
 
 
 @torch.no_grad()
@@ -65,20 +66,32 @@ def rank_choices(
     owners = [row for row, row_choices in enumerate(choices) for _ in row_choices]
     last, cache = backbone.next_logits(tokens.inputs())
     first = last.float().log_softmax(-1)  # (B, V): the choices' first tokens need no pass of their own
-    scores: list[float] = []
-    for start in range(0, len(targets), CHOICE_ROWS):
-        part = targets[start : start + CHOICE_ROWS]
-        index = torch.tensor(owners[start : start + CHOICE_ROWS], device=tokens.input_ids.device)
+    scores = [0.0] * len(targets)
+    for numbers in _passes([len(target) for target in targets]):
+        part = [targets[number] for number in numbers]
+        index = torch.tensor([owners[number] for number in numbers], device=tokens.input_ids.device)
         sums = first[index, torch.tensor([target[0] for target in part], device=index.device)]
         with pool.rows(index):
             sums += _following(backbone, tokens, _expanded(cache, index), (part, index))
-        scores += (sums / torch.tensor([len(target) for target in part], device=index.device)).tolist()
+        for number, target, total in zip(numbers, part, sums.tolist(), strict=True):
+            scores[number] = total / len(target)
     best, place = [], 0
     for row_choices in choices:
         mine = scores[place : place + len(row_choices)]
         best.append(mine.index(max(mine)))
         place += len(row_choices)
     return best
+
+
+def _passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of choices, short ones first, as many to a pass as its rows and tokens allow."""
+    passes: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        rows = len(passes[-1]) if passes else CHOICE_ROWS
+        if rows >= CHOICE_ROWS or (rows + 1) * lengths[number] > CHOICE_TOKENS:
+            passes.append([])
+        passes[-1].append(number)
+    return passes
 
 
 def _following(

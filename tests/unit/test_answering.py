@@ -327,6 +327,22 @@ def test_many_choices_are_ranked_in_parts(world: World, monkeypatch: pytest.Monk
     answerer.close()
 
 
+def test_a_pass_over_long_choices_holds_fewer_of_them(
+    world: World, answerer: MixtureAnswerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are computed of so many tokens at once, however many long choices a record has; the best stays."""
+    answerer.activate(world.registry(world.expert("digits")))
+    choices = tuple(f"{number} " * 40 for number in range(20))
+    requests = ask(*texts("digits", 2, 1), choices=(*choices, "no"))
+    whole = [answer.output for answer in answerer.answer(requests)]
+    monkeypatch.setattr("dylora_stream.model.decoding.CHOICE_TOKENS", 300)
+    seen: list[int] = []
+    handle = world.backbone.head.register_forward_hook(lambda _head, _args, out: seen.append(out.shape[0]))
+    assert [answer.output for answer in answerer.answer(requests)] == whole
+    handle.remove()
+    assert max(seen) <= 300
+
+
 def test_what_cannot_be_answered_is_a_bad_record(world: World, answerer: MixtureAnswerer) -> None:
     """Too long an input, too many choices, too long a choice: each with its reason; an empty text is answered."""
     for request, reason in (
