@@ -1,4 +1,5 @@
-"""Tiny causal language models with random weights, as folders: a Llama and a GPT-2 (fused projections, Conv1D).
+"""Tiny causal language models with random weights, as folders: a Llama, a GPT-2 (fused projections, Conv1D), and a
+Qwen3.5, every other layer of which is linear attention.
 
 And random adapters for them.
 """
@@ -13,8 +14,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 
 from dylora_stream.model.adapters import Adapter
@@ -60,7 +64,30 @@ def tiny_gpt2(folder: Path) -> Path:
     return _saved(GPT2LMHeadModel, config, folder)
 
 
-def _saved(architecture: type[PreTrainedModel], config: LlamaConfig | GPT2Config, folder: Path) -> Path:
+def tiny_hybrid(folder: Path) -> Path:
+    """A Qwen3.5 of four layers: its cache holds convolutions' and recurrent states beside keys and values."""
+    config = Qwen3_5TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    return _saved(Qwen3_5ForCausalLM, config, folder)
+
+
+def _saved(architecture: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> Path:
     torch.manual_seed(0)
     architecture(config).eval().save_pretrained(folder)
     byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())

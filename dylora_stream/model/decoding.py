@@ -45,7 +45,7 @@ def generate(backbone: Backbone, pool: Pool, tokens: Tokens, max_new_tokens: int
             index = torch.tensor(kept, device=mask.device)
             rows = [rows[place] for place in kept]
             mask, position, following = mask[index], position[index], following[index]
-            cache.batch_select_indices(index)
+            cache.reorder_cache(index)
             pool.keep_rows(index)
         mask = nn.functional.pad(mask, (0, 1), value=1)
         position = position + 1
@@ -128,6 +128,15 @@ def _following(
 def _expanded(cache: Any, index: Tensor) -> Any:
     """Rows of a cache, in a new one; the old one stays as it is."""
     fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]  # selecting rows replaces a layer's tensors
-    fresh.batch_select_indices(index)
+    fresh.layers = [_apart(layer) for layer in cache.layers]
+    fresh.reorder_cache(index)  # every kind of layer has this one, linear attention too
+    return fresh
+
+
+def _apart(layer: Any) -> Any:
+    """A cache's layer of its own over the same tensors: selecting rows replaces them."""
+    fresh = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # linear attention keeps its states in these
+            setattr(fresh, name, dict(value))
     return fresh
