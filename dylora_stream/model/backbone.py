@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -213,7 +214,7 @@ class Backbone:
 def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
     """Load the model in `folder` (else `config.folder`, else `config.name` as a folder), frozen and in evaluation mode.
 
-    Never downloads: `fetch_backbone` does. Raises ModelNotFound and SettingsError with what to do.
+    Never downloads: `fetch_backbone` does. Raises ModelError and SettingsError with what to do.
     """
     place = folder or config.folder or Path(config.name)
     if not is_model_folder(place):
@@ -227,14 +228,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(config.dtype, device)
     transformers_logging.disable_progress_bar()
-    trust = config.trust_remote_code
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, use_safetensors=True, trust_remote_code=trust, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise explain_load_error(place, error) from error
+    model, tokenizer = _read(place, dtype, trust=config.trust_remote_code)
     model.to(device).eval().requires_grad_(False)
     if config.attention == "auto":
         attend_plainly(model)
@@ -250,6 +244,31 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         dtype=dtype,
         has_plain_head=_has_plain_head(model),
     )
+
+
+def _read(place: Path, dtype: torch.dtype, *, trust: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder that holds all of both."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise explain_load_error(place, error) from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{place} lacks {len(missing)} of the weights that {type(model).__name__} has, {missing[0]} among them; "
+            "they would be random, and others in every process: set model.name to a causal language model with all "
+            "of its weights"
+        )
+    return model, tokenizer
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import copy
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 import torch
 from models import tiny_gpt2, tiny_llama
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dylora_stream.core.errors import ExpertCorrupt, ModelNotFound, SettingsError, TrainingFailed
+from dylora_stream.core.errors import ExpertCorrupt, ModelError, ModelNotFound, SettingsError, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model import attention as attending
 from dylora_stream.model.adapters import load_adapter, save_adapter
@@ -398,6 +400,29 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelNotFound, match="does not load"):
         load_backbone(ModelConfig(), tmp_path)
+
+
+def test_weights_that_are_cut_off_are_a_folder_that_does_not_load(folder: Path, tmp_path: Path) -> None:
+    """As an interrupted copy leaves them."""
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelNotFound, match="does not load"):
+        load_backbone(ModelConfig(), cut)
+
+
+def test_a_model_without_all_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """They would be drawn at random, by serve and by the child that trains, and bear the same digest."""
+    part = shutil.copytree(folder, tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    lost = min(name for name in weights if ".0." in name)
+    save_file(
+        {name: weights[name] for name in weights if name != lost},
+        part / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=f"lacks 1 of the weights .* {lost} among them"):
+        load_backbone(ModelConfig(stem_layers=2), part)
 
 
 def test_a_stem_as_deep_as_the_model_is_refused_with_a_depth_that_fits(folder: Path) -> None:
