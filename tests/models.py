@@ -1,5 +1,5 @@
-"""Tiny causal language models with random weights, as folders: a Llama, a GPT-2 (fused projections, Conv1D), and a
-Qwen3.5, every other layer of which is linear attention.
+"""Tiny causal language models with random weights, as folders: a Llama, a GPT-2 (fused projections, Conv1D), and
+others for what only they have.
 
 And random adapters for them.
 """
@@ -10,10 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -85,6 +91,49 @@ def tiny_hybrid(folder: Path) -> Path:
         eos_token_id=256,
     )
     return _saved(Qwen3_5ForCausalLM, config, folder)
+
+
+def tiny_gemma2(folder: Path) -> Path:
+    """A Gemma 2 of four layers: its logits are capped, and token 0 is for padding."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=0,
+    )
+    return _saved(Gemma2ForCausalLM, config, folder)
+
+
+def tiny_mamba(folder: Path) -> Path:
+    """A Mamba of four layers: it has no attention, and no cache of keys and values."""
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, state_size=8, eos_token_id=256
+    )
+    return _saved(MambaForCausalLM, config, folder)
+
+
+def tiny_opt(folder: Path) -> Path:
+    """An OPT as its model of 350M is: embeddings half as wide as its layers' states."""
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=256,
+    )
+    return _saved(OPTForCausalLM, config, folder)
 
 
 def _saved(architecture: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> Path:

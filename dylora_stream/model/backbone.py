@@ -7,7 +7,7 @@ end where generation goes on; padding is known by the attention mask alone (Smol
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 IGNORED = -100  # label of a position that is not part of an answer
+PROBED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         attend_plainly(model)
     stem_layers = config.stem_of(len(_decoder_layers(model.base_model)))
     _check(model, tokenizer, stem_layers, config.name)
-    return Backbone(
+    backbone = Backbone(
         model=model,
         tokenizer=tokenizer,
         stem_layers=stem_layers,
@@ -242,8 +243,9 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         digest=folder_digest(place),
         name=config.name,
         dtype=dtype,
-        has_plain_head=_has_plain_head(model),
     )
+    _rehearse(backbone)
+    return replace(backbone, has_plain_head=_has_plain_head(model))
 
 
 def _read(place: Path, dtype: torch.dtype, *, trust: bool) -> tuple[Any, Any]:
@@ -325,9 +327,32 @@ def _check(model: Any, tokenizer: Any, stem_layers: int, name: str) -> None:
 
 
 @torch.no_grad()
+def _rehearse(backbone: Backbone) -> None:
+    """A pass as records take it: ModelError where states or cache are not what reading and decoding need."""
+    tokens = backbone.pad([[backbone.eos_id], [backbone.eos_id] * 2])
+    with capture_input(backbone.layers[backbone.read_layers]) as seen:
+        output = backbone.body(**tokens.inputs(), use_cache=True)
+    wanted = (*tokens.input_ids.shape, backbone.width)
+    shapes = [tuple(states.shape) for states in (*seen[:1], output[0])]
+    reason = ""
+    if shapes != [wanted, wanted]:
+        reason = f"its layers do not hand on one state of {backbone.width} numbers a token"
+    elif not hasattr(getattr(output, "past_key_values", None), "reorder_cache"):
+        reason = "its passes leave no cache of keys and values to decode with"
+    if reason:
+        raise ModelError(
+            f"{backbone.name} ({type(backbone.model).__name__}) cannot be served: {reason}; "
+            "set model.name to another model"
+        )
+
+
+@torch.no_grad()
 def _has_plain_head(model: Any) -> bool:
-    """Whether the model's logits are head(body states) and nothing else."""
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    """Whether the model's logits are head(body states) and nothing else.
+
+    Told by several tokens: one of them may be for padding, whose embedding and logits are zeros.
+    """
+    ids = torch.arange(PROBED_TOKENS, device=next(model.parameters()).device)[None]
     states = model.base_model(input_ids=ids, use_cache=False)[0]
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.equal(model.get_output_embeddings()(states), logits)

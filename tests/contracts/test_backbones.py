@@ -3,7 +3,7 @@
 import copy
 import resource
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import tiny_gpt2, tiny_llama
+from models import tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_opt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -423,6 +423,27 @@ def test_a_model_without_all_of_its_weights_is_refused(folder: Path, tmp_path: P
     )
     with pytest.raises(ModelError, match=f"lacks 1 of the weights .* {lost} among them"):
         load_backbone(ModelConfig(stem_layers=2), part)
+
+
+def test_capped_logits_are_the_models_own(tmp_path: Path) -> None:
+    """Gemma 2 caps what its head gives; that is found out though its token 0 has an embedding of zeros."""
+    backbone = load_backbone(ModelConfig(dtype="float32", stem_layers=2), tiny_gemma2(tmp_path))
+    tokens = backbone.encode(["a text"], ["its answer"])
+    with torch.no_grad():
+        whole = backbone.model(**tokens.inputs()).logits[tokens.answer_positions()]
+        assert torch.equal(backbone.answer_logits(tokens), whole)
+        assert not torch.equal(backbone.head(backbone.body(**tokens.inputs())[0][:, -1]), whole[-1:])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(tiny_mamba, "no cache of keys and values"), (tiny_opt, "one state of 16 numbers")]
+)
+def test_a_model_that_cannot_be_served_says_so_when_it_is_loaded(
+    make: Callable[[Path], Path], reason: str, tmp_path: Path
+) -> None:
+    """Not at its first record."""
+    with pytest.raises(ModelError, match=reason):
+        load_backbone(ModelConfig(dtype="float32", stem_layers=2), make(tmp_path))
 
 
 def test_a_stem_as_deep_as_the_model_is_refused_with_a_depth_that_fits(folder: Path) -> None:
