@@ -63,8 +63,10 @@ def fetch_model(settings: Settings, tell: Callable[[str], None]) -> Path:
     """The model's folder, fetched if it is not there. In a process of its own, so that this one stays without torch."""
     from dylora_stream.model.fetch import fetch_backbone, is_model_folder
 
-    folder = model_path(settings)
-    return folder if is_model_folder(folder) else fetch_backbone(folder, tell, settings.model.name)
+    folder, model = model_path(settings), settings.model
+    if is_model_folder(folder):
+        return folder
+    return fetch_backbone(folder, tell, model.name, with_code=model.trust_remote_code)
 
 
 def load_backbone(settings: Settings) -> "Backbone":

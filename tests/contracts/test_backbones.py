@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +45,7 @@ from dylora_stream.model.features import (
     row_size,
     stem_features,
 )
+from dylora_stream.model.identity import folder_digest
 from dylora_stream.model.process import keep_freed_memory
 from dylora_stream.model.training import (
     Trained,
@@ -479,6 +482,30 @@ def test_a_model_that_is_there_is_not_fetched_again(folder: Path) -> None:
     said: list[str] = []
     assert fetch_backbone(folder, said.append) == folder
     assert not said
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_code_is_fetched_with_a_model_where_it_is_trusted(
+    with_code: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else; it is part of what the folder's digest names."""
+    files = ("config.json", "model.safetensors", "modeling_own.py", "weights.bin")
+
+    def download(_name: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (local_dir / file).write_text(file)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_args, **_named: SimpleNamespace(siblings=())
+    )
+    target = fetch_backbone(tmp_path / "model", lambda _line: None, name="someone/model", with_code=with_code)
+    fetched = {*files[:3]} if with_code else {*files[:2]}
+    assert {path.name for path in target.iterdir()} == fetched
+    digest = folder_digest(target)
+    (target / "modeling_own.py").write_text("other code")
+    assert folder_digest(target) != digest
 
 
 def test_a_path_that_holds_no_model_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
