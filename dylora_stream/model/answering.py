@@ -7,26 +7,26 @@ end token, without which `entail` beats `entailment`; a prompt's cache is comput
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from dylora_stream.core.errors import BadRecord, ExpertCorrupt, ModelMismatch
+from dylora_stream.core.errors import BadRecord, ExpertCorrupt, ModelMismatch, SettingsError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
 from dylora_stream.core.messages import Answer, Novelty, Request, RoutingWeight
 from dylora_stream.core.novelty import NoveltyScores
 from dylora_stream.core.ports import Activation, ExpertStore, LoadFailure
-from dylora_stream.model.backbone import Tokens
+from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.config import GenerationConfig
 from dylora_stream.model.decoding import generate, rank_choices
-from dylora_stream.model.features import length_sorted, read_rows
+from dylora_stream.model.features import length_sorted, longest_row, read_rows
 from dylora_stream.model.live import LiveExperts, LoadedExpert, Pass, read_expert
 from dylora_stream.model.network import RouterNetwork
 
 __all__ = ["MixtureAnswerer"]
 
 SERVED = (Maturity.NASCENT, Maturity.MATURE)
+LEAST_ROOM = 8  # tokens of a prompt
 
 
 class MixtureAnswerer:
@@ -37,7 +37,7 @@ class MixtureAnswerer:
     ) -> None:
         self._live, self._store, self._generation = live, store, generation
         self._backbone = live.backbone
-        self._max_tokens = _room(self._backbone.model.config, max_input_tokens, generation.max_new_tokens)
+        self._max_tokens = _room(self._backbone, max_input_tokens, generation.max_new_tokens)
         self._network: RouterNetwork | None = None
         self._network_source = ""
 
@@ -225,11 +225,12 @@ def _failure(name: str, error: ExpertCorrupt | ModelMismatch) -> LoadFailure:
     return LoadFailure(name=name, reason=str(error), may_pass=isinstance(error, ExpertCorrupt))
 
 
-def _room(config: Any, max_input_tokens: int, max_new_tokens: int) -> int:
+def _room(backbone: Backbone, max_input_tokens: int, max_new_tokens: int) -> int:
     """Tokens of a prompt: the setting, within what the model's positions leave beside an answer."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return (
-        max_input_tokens
-        if positions is None
-        else max(min(max_input_tokens, int(positions) - max_new_tokens), 1)
-    )
+    positions = longest_row(backbone)
+    if positions - max_new_tokens < LEAST_ROOM:
+        raise SettingsError(
+            f"generation.max_new_tokens is {max_new_tokens}, but {backbone.name} has {positions} positions for input "
+            f"and answer together: set it to at most {max(1, positions - LEAST_ROOM)}; half of them is plenty"
+        )
+    return min(max_input_tokens, positions - max_new_tokens)

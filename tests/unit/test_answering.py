@@ -10,7 +10,7 @@ import torch
 from models import random_adapter, tiny_gpt2, tiny_llama
 from safetensors.numpy import save_file
 
-from dylora_stream.core.errors import BadRecord, ModelMismatch
+from dylora_stream.core.errors import BadRecord, ModelMismatch, SettingsError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.messages import Answer, Policy, Position, Request
 from dylora_stream.core.novelty import NoveltyConfig
@@ -355,6 +355,16 @@ def test_what_cannot_be_answered_is_a_bad_record(world: World, answerer: Mixture
         assert caught.value.reason == reason
         assert caught.value.stage == "answer"
     assert len(answerer.answer(ask(""))) == 1
+
+
+def test_answers_that_leave_no_room_for_an_input_are_a_wrong_setting(world: World) -> None:
+    """Every record would be a dead letter that says its input is too long; the tiny models have 512 positions."""
+    live = world.live()
+    for new_tokens in (505, 512, 4096):
+        generation = GenerationConfig(max_new_tokens=new_tokens)
+        with pytest.raises(SettingsError, match="at most 504"):
+            MixtureAnswerer(live, world.store, generation, 1024)
+    live.close()
 
 
 def test_the_closed_form_gate_routes_alone_and_the_base_gate_never(world: World) -> None:
