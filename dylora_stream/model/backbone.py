@@ -145,12 +145,16 @@ class Backbone:
         return {name: layer for name, layer in linears.items() if any(part in name for part in parts)}
 
     def prompt_ids(self, inputs: Sequence[str]) -> list[list[int]]:
-        """Token ids of the rendered prompts; a leading special token only where the tokenizer adds one."""
+        """Token ids of the rendered prompts; a leading special token only where the tokenizer adds one.
+
+        Some add the end token behind (`add_eos_token`): the answer has to come first.
+        """
         if not inputs:
             return []
         prompts = [self.template.render(text) for text in inputs]
         ids: list[list[int]] = self.tokenizer(prompts)["input_ids"]
-        return [row or [self.eos_id] for row in ids]
+        rows = (row[:-1] if row[-1:] == [self.eos_id] else row for row in ids)
+        return [row or [self.eos_id] for row in rows]
 
     def target_ids(self, outputs: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, each ended by the end token."""

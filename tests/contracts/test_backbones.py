@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_opt
+from models import END, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_opt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from dylora_stream.core.errors import ExpertCorrupt, ModelError, ModelNotFound, SettingsError, TrainingFailed
@@ -123,6 +125,23 @@ def test_rows_are_padded_on_the_left_and_labels_cover_the_answer_and_its_end(bac
     assert (tokens.labels != IGNORED).sum(1).tolist() == [3, 3]  # blank, letter, end
     assert tokens.position_ids[0, tokens.attention_mask[0] == 1][0] == 0
     assert backbone.decode(tokens.answer_ids()[:3].tolist()) == "b"
+
+
+def test_an_end_token_that_the_tokenizer_adds_does_not_stand_before_the_answer(
+    backbone: Backbone, folder: Path, tmp_path: Path
+) -> None:
+    """Tokenizers that were saved for training end every text; what would be written behind is another text."""
+    ending = shutil.copytree(folder, tmp_path / "ending")
+    tokenizer = Tokenizer.from_file(str(ending / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, backbone.eos_id)]
+    )
+    tokenizer.save(str(ending / "tokenizer.json"))
+    other = load_backbone(ModelConfig(name="tiny", dtype="float32", stem_layers=2, threads=1), ending)
+    assert other.tokenizer("a")["input_ids"][-1] == other.eos_id
+    texts = ["a text", "", "x"]
+    assert other.prompt_ids(texts) == backbone.prompt_ids(texts)
+    assert other.target_ids(texts) == backbone.target_ids(texts)
 
 
 def test_blanks_at_the_end_of_a_template_belong_to_the_answer() -> None:
