@@ -18,11 +18,28 @@ from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone, linear_shape
 from dylora_stream.model.config import PoolConfig
 
-__all__ = ["BACKBONE_SLOT", "Blocks", "Group"]
+__all__ = ["BACKBONE_SLOT", "Blocks", "Group", "check_layers", "shapes_of"]
 
 BACKBONE_SLOT = 0  # the null expert: no blocks
 
 Group = tuple[str, ...]  # layers that read the same tensor
+
+
+def shapes_of(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Layer → (d_in, d_out)."""
+    return {name: linear_shape(module) for name, module in modules.items()}
+
+
+def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Whether an adapter's layers are among these, in their dimensions; raises ModelMismatch with what does not fit."""
+    for name, (a, b) in adapter.tensors.items():
+        if name not in shapes:
+            raise ModelMismatch(
+                f"an adapter changes {name}, which this backbone does not have above its stem; "
+                "it was trained with another model.stem_layers or another model"
+            )
+        if (a.shape[1], b.shape[0]) != shapes[name]:
+            raise ModelMismatch(f"an adapter has other dimensions than the backbone at {name}")
 
 
 class Blocks:
@@ -32,7 +49,7 @@ class Blocks:
         self._config = config
         self._device, self._dtype = backbone.device, backbone.dtype
         modules = backbone.upper_linears()
-        self.shapes = {name: linear_shape(module) for name, module in modules.items()}
+        self.shapes = shapes_of(modules)
         self.groups = _groups(backbone, modules)
         joint = {group: self.shapes[group[0]][0] for group in self.groups.values()}
         self._a = {group: self._empty(len(group), d_in) for group, d_in in joint.items()}
@@ -57,14 +74,7 @@ class Blocks:
             raise ModelMismatch(
                 f"an adapter of rank {adapter.rank} does not fit: raise pool.rank ({self._config.rank})"
             )
-        for name, (a, b) in adapter.tensors.items():
-            if name not in self.shapes:
-                raise ModelMismatch(
-                    f"an adapter changes {name}, which this backbone does not have above its stem; "
-                    "it was trained with another model.stem_layers or another model"
-                )
-            if (a.shape[1], b.shape[0]) != self.shapes[name]:
-                raise ModelMismatch(f"an adapter has other dimensions than the backbone at {name}")
+        check_layers(adapter, self.shapes)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

@@ -11,6 +11,7 @@ is returned as it is when asked for again.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.model.adapters import save_adapter
 from dylora_stream.model.backbone import Backbone
+from dylora_stream.model.blocks import check_layers, shapes_of
 from dylora_stream.model.features import LabelledText, answer_rows, answer_size, read_rows
 from dylora_stream.model.live import read_expert
 from dylora_stream.model.network import RouterNetwork
@@ -132,7 +134,7 @@ def _train(
         recipe=recipe,
         check=CheckConfig(**spec.get("check", {})),
         rows=fitting(workshop.backbone, labelled, recipe),
-        rivals=[_rival(entry) for entry in spec["registry"]["experts"]],
+        rivals=_served(workshop.backbone, [_rival(entry) for entry in spec["registry"]["experts"]]),
         network=RouterNetwork.load(Path(router), workshop.backbone.width) if router else None,
     )
     try:
@@ -145,6 +147,16 @@ def _train(
         if outcome.network is not None:
             outcome.network.save(result / "router")
     return outcome.report
+
+
+def _served(backbone: Backbone, rivals: Sequence[Rival]) -> list[Rival]:
+    """Without experts of another `model.stem_layers`, which no worker serves either."""
+    shapes, served = shapes_of(backbone.upper_linears()), []
+    for rival in rivals:
+        with suppress(ModelMismatch):
+            check_layers(rival.expert.adapter, shapes)
+            served.append(rival)
+    return served
 
 
 def _rival(entry: Mapping[str, Any]) -> Rival:

@@ -131,7 +131,7 @@ class Trial:
             )
         if not plan.is_seed and plan.served is None:
             raise TrainingFailed(
-                f"{plan.expert_id} is not in the registry: there is no version to start from"
+                f"no version of {plan.expert_id} that fits this model is in the registry: there is none to start from"
             )
         features = read_rows(self._backbone, [row.input for row in plan.rows])
         base = score_rows(self._backbone, plan.checking)  # 1

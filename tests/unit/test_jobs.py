@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,19 @@ def test_a_second_skill_gets_its_own_expert_and_a_router_for_both(
     assert report["routing_loo"] >= 0.9
     assert report["router"]["accuracy"] >= 0.9
     assert (folder / "result" / "router" / "router.safetensors").is_file()
+
+
+def test_experts_of_a_shallower_stem_do_not_stop_the_training_of_others(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    """No worker serves them any more: a new one is trained as if they were not there, and none of them trains on."""
+    shallower = replace(backbone, stem_layers=1, read_layers=1)
+    _, old = play(shallower, tmp_path, job("letters"), letter_rows(0, 60))
+    lower = registry(old / "result")
+    said, _ = play(backbone, tmp_path, job("digits", registry=lower), digit_rows(0, 60))
+    assert report_of(said)["decision"] == "promoted"
+    said, _ = play(backbone, tmp_path, job("letters", kind="consolidate", registry=lower), letter_rows(0, 60))
+    assert "that fits this model" in said[-1]["error"]
 
 
 def test_rows_that_an_expert_serves_well_are_called_drift(
