@@ -25,7 +25,9 @@ from dylora_stream.demo.view import View
 from dylora_stream.logs import LogConfig, configure_logs
 from dylora_stream.settings import Settings, load_settings
 
-__all__ = ["DemoConfig", "demo", "read_tasks"]
+__all__ = ["DemoConfig", "demo", "emptied", "read_tasks"]
+
+DAEMON_LOG, DATA = "daemon.log", "data"  # what a demo keeps in its folder
 
 LONGEST_START_S = 120.0  # of the daemon, until serve says that it is there
 LONGEST_END_S = 60.0
@@ -59,12 +61,49 @@ def read_tasks(folder: Path, rows: int | None) -> list[Task]:
         raise SettingsError(
             f"{folder} is no dataset folder: it has no NAME.train.jsonl (rows of input and output)"
         )
-    tasks = []
-    for file in files:
-        lines = [json.loads(line) for line in file.read_text().splitlines()[:rows]]
-        pairs = tuple((line["input"], line["output"]) for line in lines if line["input"].strip())
-        tasks.append(Task(name=file.name.removesuffix(".train.jsonl"), rows=pairs))
-    return tasks
+    return [Task(name=file.name.removesuffix(".train.jsonl"), rows=_pairs(file, rows)) for file in files]
+
+
+def _pairs(file: Path, rows: int | None) -> tuple[tuple[str, str], ...]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_pair(line, f"{file}, line {number}") for number, line in numbered[:rows]]
+    if not any(text.strip() for text, _ in pairs):
+        raise SettingsError(f"{file} holds no row of input and output")
+    return tuple((text, output) for text, output in pairs if text.strip())
+
+
+def _pair(line: str, place: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        text, output = row["input"], row["output"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f'{place} is not {{"input": text, "output": text}}') from error
+    if not isinstance(text, str) or not isinstance(output, str):
+        raise SettingsError(f"{place}: input and output must be texts")
+    return text, output
+
+
+def emptied(folder: Path) -> None:
+    """Make the folder, without what another demo left there. SettingsError, and nothing is removed, where it holds
+    anything else.
+    """
+    try:
+        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if found and (DAEMON_LOG not in found or found - {DAEMON_LOG, DATA}):
+            foreign = min(found - {DAEMON_LOG, DATA} or found)
+            raise SettingsError(
+                f"{folder} holds {foreign}, which no demo left there, and would be emptied: give --folder a new folder"
+            )
+        for name in found:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DAEMON_LOG).write_bytes(b"")
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be used ({error}): give --folder a new folder") from error
 
 
 def demo(config: DemoConfig, console: Console) -> int:
@@ -75,12 +114,11 @@ def demo(config: DemoConfig, console: Console) -> int:
         tasks = [Task(name=skill.name, rows=skill.rows[: config.rows]) for skill in load_skills()]
     else:
         tasks = read_tasks(config.data, config.rows)
-    shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True)
+    emptied(config.folder)
     console.print(f"Data, logs and experts of this run: {config.folder}")
     bootstrap.fetch_model(load_settings(), console.print)
     journal = Journal()
-    with bootstrap.demo_broker(config.folder / "data" / "broker") as servers:
+    with bootstrap.demo_broker(config.folder / DATA / "broker") as servers:
         console.print(f"Broker: {servers}")
         settings = load_settings(flags=_overrides(config, servers, tasks))
         _play(config, settings, tasks, journal, console)
@@ -142,7 +180,7 @@ def _overrides(config: DemoConfig, servers: str, tasks: Sequence[Task]) -> list[
     long = lengths[len(lengths) * 95 // 100]
     return [
         f"kafka.bootstrap_servers={servers}",
-        f"store.folder={config.folder / 'data'}",
+        f"store.folder={config.folder / DATA}",
         f"model.folder={bootstrap.model_path(load_settings())}",
         f"generation.max_new_tokens={round(long / CHARS_A_TOKEN) + 4}",
         "http.port=0",
@@ -155,7 +193,7 @@ class _Daemon:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self._command = [sys.executable, "-m", "dylora_stream", "run", *settings.arguments]
         self._data = settings.store.folder
-        self._log = folder / "daemon.log"
+        self._log = folder / DAEMON_LOG
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:

@@ -1,12 +1,16 @@
 """The demo's own arithmetic and its player: what the table says must be what was sent and what came back."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from dylora_stream.core.errors import SettingsError
 from dylora_stream.demo.journal import Journal, Reply, Sent, Task
 from dylora_stream.demo.player import Pace, Player
 from dylora_stream.demo.report import experts_of, judged, skill_reports
+from dylora_stream.demo.run import emptied, read_tasks
 from dylora_stream.demo.skills import Skill, is_usable, load_skills
 from dylora_stream.testing import ManualClock
 
@@ -262,3 +266,44 @@ def test_roles_are_killed_once_when_due() -> None:
     """At the first burst that reaches the number."""
     _, traffic, _ = play(Pace(kill_serve_at=30, kill_learn_at=50, burst=12))
     assert traffic.killed == [("serve", 36), ("learn", 60)]
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
+    """--folder meant for --data, or the working directory, loses nothing; what a demo left is removed."""
+    tasks, used = tmp_path / "tasks", tmp_path / "used"
+    tasks.mkdir()
+    (tasks / "a.train.jsonl").write_text("precious")
+    with pytest.raises(SettingsError, match=r"holds a.train.jsonl.*--folder a new folder"):
+        emptied(tasks)
+    assert (tasks / "a.train.jsonl").read_text() == "precious"
+    emptied(used)
+    (used / "data").mkdir()
+    (used / "data" / "old").write_text("x")
+    emptied(used)
+    assert [path.name for path in used.iterdir()] == ["daemon.log"]
+    with pytest.raises(SettingsError, match="cannot be used"):
+        emptied(tasks / "a.train.jsonl" / "below")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "line 1 is not"),
+        ('{"input": "a"}', "line 1 is not"),
+        ('{"input": "a", "output": 5}', "must be texts"),
+        ("\n", "no row"),
+    ],
+)
+def test_a_wrong_row_of_a_dataset_is_named(text: str, said: str, tmp_path: Path) -> None:
+    """File and line, and no traceback, before anything is started."""
+    (tmp_path / "a.train.jsonl").write_text(text)
+    with pytest.raises(SettingsError, match=f"a.train.jsonl.*{said}"):
+        read_tasks(tmp_path, None)
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """A line separator inside of a text is the text's."""
+    row = {"input": "one\u2028two", "output": "x"}
+    (tmp_path / "a.train.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    (task,) = read_tasks(tmp_path, 5)
+    assert task.rows == (("one\u2028two", "x"),)
