@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
+from dylora_stream.cli.options import ConfigOption, SetOption, report_target, settings_from
 
 __all__ = ["continual"]
 
@@ -51,7 +51,10 @@ WorkOption = Annotated[
     Path | None, typer.Option(help="Where what is computed is kept; else bench/continual in store.folder.")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option(help="Also write the numbers to this file, as JSON, and plots beside it.")
+    Path | None,
+    typer.Option(
+        callback=report_target, help="Also write the numbers to this file, as JSON, and plots beside it."
+    ),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dylora_stream.cli.options import ConfigOption, SetOption, settings_from
+from dylora_stream.cli.options import ConfigOption, SetOption, report_target, settings_from
 from dylora_stream.core.errors import SettingsError
 
 __all__ = ["novelty"]
@@ -69,7 +69,10 @@ WorkOption = Annotated[
     Path | None, typer.Option(help="Where what is read is kept; else bench/novelty in store.folder.")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option(help="Also write the numbers to this file, as JSON, and plots beside it.")
+    Path | None,
+    typer.Option(
+        callback=report_target, help="Also write the numbers to this file, as JSON, and plots beside it."
+    ),
 ]
 
 

@@ -11,7 +11,9 @@ from dylora_stream.ops.files import FileFormat
 if TYPE_CHECKING:
     from dylora_stream.settings import Settings
 
-__all__ = ["BootstrapOption", "ConfigOption", "FormatOption", "LimitOption", "SetOption", "settings_from"]
+__all__ = [
+    "BootstrapOption", "ConfigOption", "FormatOption", "LimitOption", "SetOption", "report_target", "settings_from",
+]  # fmt: skip
 
 ConfigOption = Annotated[
     Path | None,
@@ -43,6 +45,21 @@ FormatOption = Annotated[
     FileFormat, typer.Option("--format", help="auto goes by the suffix; lines takes each line as plain text.")
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to take; all without it.")]
+
+
+def report_target(report: Path | None) -> Path | None:
+    """The file of --report, its folder made: what cannot be written is refused before hours of work, not after them."""
+    if report is None:
+        return None
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not report.exists()
+        report.open("a").close()
+        if is_new:
+            report.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"{report} cannot be written ({error.strerror})") from error
+    return report
 
 
 def settings_from(

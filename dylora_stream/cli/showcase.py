@@ -7,12 +7,22 @@ import typer
 
 from dylora_stream.cli.continual import continual
 from dylora_stream.cli.novelty import novelty
-from dylora_stream.cli.options import ConfigOption, FormatOption, LimitOption, SetOption, settings_from
+from dylora_stream.cli.options import (
+    ConfigOption,
+    FormatOption,
+    LimitOption,
+    SetOption,
+    report_target,
+    settings_from,
+)
 from dylora_stream.ops.files import FileFormat
 
 __all__ = ["register"]
 
-ReportOption = Annotated[Path | None, typer.Option(help="Also write the numbers to this file, as JSON.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(callback=report_target, help="Also write the numbers to this file, as JSON."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,9 +48,10 @@ def demo(
         int | None, typer.Option(min=1, help="SIGKILL serve after this many records, and go on.")
     ] = None,
     kill_learn_at: Annotated[int | None, typer.Option(min=1, help="The same to learn.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where this run keeps everything; emptied first.")] = Path(
-        ".dylora/demo"
-    ),
+    folder: Annotated[
+        Path,
+        typer.Option(help="Where this run keeps everything; what an earlier demo left there is removed."),
+    ] = Path(".dylora/demo"),
     deadline: Annotated[
         float | None,
         typer.Option(
@@ -104,7 +115,7 @@ def rehearse(
     from dylora_stream.ops.files import ReadOptions
 
     options = ReadOptions(format=file_format, limit=limit)
-    chosen = RehearsalConfig(file=file, options=options, batch=batch, keep=keep, report=report)
+    chosen = RehearsalConfig(file=file, options=options, batch=batch, keep=keep, report=report_target(report))
     play(chosen, settings_from(config, assignments), Console())
 
 

@@ -101,6 +101,10 @@ def test_a_misspelt_variable_ends_with_code_2(tmp_path: Path) -> None:
         (("run", "--config", "absent.toml"), "absent.toml"),
         (("run", "--role", "both-of-them"), "both-of-them"),
         (("produce", "absent.jsonl"), "absent.jsonl"),
+        (("demo", "--report", "/dev/null/report.json"), "cannot be written"),
+        (("bench", "throughput", "--report", "."), "cannot be written"),
+        (("bench", "continual", "--data", ".", "--report", "."), "cannot be written"),
+        (("bench", "novelty", "--data", ".", "--report", "."), "cannot be written"),
         (("rnu",), "rnu"),
     ],
 )
