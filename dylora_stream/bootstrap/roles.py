@@ -35,7 +35,7 @@ from dylora_stream.ops.http import Health, HttpPort, HttpRoutes
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.ops.supervisor import Role, Supervisor
 from dylora_stream.settings import Settings
-from dylora_stream.store.identity import Identity, claim_identity
+from dylora_stream.store.identity import Identity, check_folder, claim_identity
 from dylora_stream.stream.broker import EmbeddedIds
 from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
@@ -131,6 +131,7 @@ def supervise(settings: Settings) -> int:
     """
     check_method(settings)
     configure_logs(settings.log, "supervisor")
+    check_folder(settings.store.folder)
     fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
     wait_for_broker(kafka_of(settings, "supervisor"))
     base = (sys.executable, "-m", "dylora_stream", "run", "--supervised")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dylora_stream.core.errors import DiskFull, ModelError, ModelNotFound
+from dylora_stream.core.errors import DiskFull, ModelError, ModelNotFound, StoreError
 from dylora_stream.model.config import DEFAULT_MODEL
 
 __all__ = ["HUB_PATTERNS", "explain_load_error", "fetch_backbone", "is_model_folder"]
@@ -35,7 +35,8 @@ def fetch_backbone(
 ) -> Path:
     """Put the model `name` into the folder `target`, once; a second call is instant. `with_code`: its Python files too.
 
-    `progress` is called with a sentence before each long step. Raises ModelNotFound with what to do, and DiskFull.
+    `progress` is called with a sentence before each long step. Raises ModelNotFound with what to do, and StoreError
+    where the folder cannot be written.
     """
     if is_model_folder(target):
         return target
@@ -62,7 +63,9 @@ def fetch_backbone(
             raise DiskFull(
                 f"no room left for the model in {target.parent}: free 1 GB and try again"
             ) from error
-        raise
+        raise StoreError(
+            f"the model cannot be put into {target}: {error}; set store.folder or model.folder"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     progress(f"backbone ready in {target}")

@@ -13,13 +13,16 @@ the broker's time-out. Nothing is lost or repeated by that; the stream waits for
 import fcntl
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from dylora_stream.core.errors import StoreError
 
-__all__ = ["Identity", "claim_identity", "folder_id"]
+__all__ = ["Identity", "check_folder", "claim_identity", "folder_id"]
 
 MOST_INSTANCES = 64  # of one role in one data folder
 ID_BYTES = 4  # of chance: some thousand folders, and one in a thousand that two of them have one id
@@ -33,37 +36,62 @@ class Identity:
     lock: TextIO
 
 
+def check_folder(folder: Path) -> None:
+    """Make the data folder where it is missing. Raises StoreError where this process cannot write to it."""
+    with _folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def folder_id(folder: Path) -> str:
-    """The data folder's own id, 8 hexadecimal digits: made by whoever asks first, and the same ever after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "instance").open("a+") as file:
-        fcntl.flock(
-            file, fcntl.LOCK_EX
-        )  # until the file is closed: of two that start at once, one makes the id
-        file.seek(0)
-        found = file.read().strip()
-        if not found:
-            found = secrets.token_hex(ID_BYTES)
-            file.write(found)
-            file.flush()
-            os.fsync(file.fileno())
-        return found
+    """The data folder's own id, 8 hexadecimal digits: made by whoever asks first, and the same ever after.
+
+    Raises StoreError.
+    """
+    with _folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "instance").open("a+") as file:
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # until the file is closed: of two that start at once, one makes the id
+            file.seek(0)
+            found = file.read().strip()
+            if not found:
+                found = secrets.token_hex(ID_BYTES)
+                file.write(found)
+                file.flush()
+                os.fsync(file.fileno())
+            return found
+
+
+@contextmanager
+def _folder_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"the data folder {folder} cannot be written ({error.strerror}): set store.folder to one that can, or give "
+            "this user the right to"
+        ) from error
 
 
 def claim_identity(folder: Path, role: str, instance: str) -> Identity:
-    """The lowest free number of this role in this data folder. Raises StoreError when none is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(MOST_INSTANCES):
-        lock = (folder / f"{role}-{number}.pid").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            continue
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        return Identity(f"{instance}-{role}-{number}", lock)
+    """The lowest free number of this role in this data folder. Raises StoreError when none is free, and
+    where the folder cannot be written.
+    """
+    with _folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(MOST_INSTANCES):
+            lock = (folder / f"{role}-{number}.pid").open("a+")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                continue
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            return Identity(f"{instance}-{role}-{number}", lock)
     raise StoreError(
         f"{MOST_INSTANCES} {role} processes already use {folder}; give this one another store.folder"
     )

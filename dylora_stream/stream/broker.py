@@ -127,10 +127,17 @@ class _Server:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections. BrokerError says why it did not."""
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._refuse_a_second_one()
-        self._prepare()
-        with self.log_file.open("ab") as log:
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._refuse_a_second_one()
+            self._prepare()
+            log = self.log_file.open("ab")
+        except OSError as error:
+            raise BrokerError(
+                f"the broker's folder {self.data_dir} cannot be written ({error.strerror}): name another with "
+                "--data, or set store.folder"
+            ) from error
+        with log:
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -139,8 +146,8 @@ class _Server:
                 cwd=self.data_dir,
                 start_new_session=True,
             )
-        self.mark(self._process.pid)
         try:
+            self.mark(self._process.pid)
             self._wait_until_ready(self._process)
         except BaseException:
             self.stop()

@@ -124,6 +124,28 @@ def test_a_file_that_cannot_be_read_ends_with_code_1(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: rows.parquet cannot be read as parquet")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("run",), 4),
+        (("run", "--role", "serve"), 4),
+        (("run", "--role", "learn"), 4),
+        (("broker",), 3),
+        (("model", "fetch"), 4),
+    ],
+)
+def test_a_data_folder_that_cannot_be_written_is_named(
+    arguments: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    """One line with the setting to change, before anything is waited for."""
+    (tmp_path / "file").write_text("")
+    flags = ("--set", "store.folder=file/data", "--set", "kafka.connect_timeout_s=0")
+    done = run(*arguments, *flags, folder=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert "file/data" in done.stderr
+    assert "store.folder" in done.stderr
+
+
 def test_an_unreachable_broker_ends_with_code_3(tmp_path: Path) -> None:
     """After the time that is configured, with what to do."""
     flags = ("--bootstrap", "127.0.0.1:1", "--set", "kafka.connect_timeout_s=0")
