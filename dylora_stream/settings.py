@@ -239,6 +239,9 @@ def _read_file(file: Path | None) -> Tree:
             raise SettingsError(f"{file}: {section} stands outside of a section: write it {where}")
         for field in values:
             _refuse_unknown(f"{section}.{field}", f"{file}: there is no setting ")
+        if section not in Settings.model_fields:
+            near = _did_you_mean(section, list(Settings.model_fields))
+            raise SettingsError(f"{file}: there is no section [{section}]{near}")
     return tree
 
 

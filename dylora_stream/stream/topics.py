@@ -155,7 +155,7 @@ def _verify(states: list[TopicState]) -> None:
         if state.topic in SINGLE_PARTITION and state.partitions != 1:
             raise BrokerError(
                 f"topic {state.name} has {state.partitions} partitions and must have one: registry records need "
-                "one order. Choose another topics.experts, or make the topic anew"
+                "one order. Name another with kafka.names, or make the topic anew"
             )
         if state.topic is Topic.EXPERTS and state.cleanup is not None and "compact" not in state.cleanup:
             raise BrokerError(

@@ -1,13 +1,17 @@
 """Settings: four sources, one winner each, and no misspelt name survives."""
 
+import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+import dylora_stream
 from dylora_stream.bootstrap.parts import check_method, wire_codec
 from dylora_stream.core.errors import BadRecord, SettingsError
+from dylora_stream.core.events import EventType
 from dylora_stream.core.messages import Position, RawRecord
 from dylora_stream.settings import Settings, is_secret, load_settings, setting_names
 
@@ -194,3 +198,35 @@ def test_another_process_gets_the_same_settings(tmp_path: Path) -> None:
     assert settings.arguments == ("--config", str(file), "--set", "http.port=0", "--set", "log.level=debug")
     again = load_settings(Path(settings.arguments[1]), settings.arguments[3::2])
     assert again.model_dump() == settings.model_dump()
+
+
+def test_an_unknown_section_without_a_setting_is_refused(tmp_path: Path) -> None:
+    """One whose lines are all comments too: the next line written there would be lost."""
+    file = tmp_path / "my.toml"
+    file.write_text("[kafak]\n# prefix = 'x.'\n")
+    with pytest.raises(SettingsError, match=r"my.toml: there is no section \[kafak\]; did you mean kafka\?"):
+        load_settings(file)
+    file.write_text("[kafka]\n# prefix = 'x.'\n")
+    assert load_settings(file).kafka.prefix == "dylora."
+
+
+def test_each_setting_that_a_message_names_exists() -> None:
+    """What the program tells people to set is there to be set."""
+    sections = "|".join(Settings.model_fields)
+    others = {"consolidation.rank", "router.rate", "router.decay", *EventType}  # no setting, tensors, events
+    endings = {"duckdb", "safetensors", "dirs"}  # files, and a property of Apache Kafka
+    for file in Path(dylora_stream.__file__).parent.rglob("*.py"):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        docstrings = {id(first_text(node)) for node in ast.walk(module)}
+        for node in ast.walk(module):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                named = re.findall(rf"(?<![\w./])(?:{sections})\.[a-z_]+\b(?![.(/])", node.value)
+                wrong = {name for name in named if name.partition(".")[2] not in endings}
+                assert wrong - others <= set(setting_names()), f"{file}:{node.lineno}"
+
+
+def first_text(node: ast.AST) -> ast.expr | None:
+    """A module's, class's or function's docstring."""
+    body = getattr(node, "body", None)
+    first = body[0] if isinstance(body, list) and body else None
+    return first.value if isinstance(first, ast.Expr) else None
