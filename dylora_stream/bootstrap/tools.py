@@ -20,7 +20,7 @@ from dylora_stream.stream import codec
 from dylora_stream.stream.broker import EmbeddedBroker, glibc_problem
 from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, kafka_errors
-from dylora_stream.stream.topics import TopicState, describe_topics
+from dylora_stream.stream.topics import TopicState, describe_topics, ensure_topics
 from dylora_stream.stream.wire import WireCodec
 
 __all__ = [
@@ -37,9 +37,14 @@ CODECS = {"snappy": "snappy", "lz4": "lz4", "zstd": "zstandard"}  # Kafka's name
 
 @contextmanager
 def sender(settings: Settings) -> Iterator[Callable[[FileRecord], None]]:
-    """Sends records to the requests topic. Leaving the block waits for the broker; BrokerError when one was refused."""
+    """Sends records to the requests topic. Leaving the block waits for the broker; BrokerError when one was refused.
+
+    The topic is made first where it is missing: a broker that makes it for the first record gives it one partition,
+    which one serve worker has for itself for ever.
+    """
     from kafka import KafkaProducer
 
+    ensure_topics(settings.kafka, settings.topics, Topic.REQUESTS)
     kafka = kafka_of(settings, "produce")
     topic = kafka.topic(Topic.REQUESTS)
     options = client_options(kafka, "produce") | {"acks": "all", "max_request_size": kafka.max_message_bytes}

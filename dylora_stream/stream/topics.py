@@ -69,12 +69,17 @@ def topic_configs(topic: Topic, layout: TopicLayout, max_message_bytes: int) -> 
     return configs | {"cleanup.policy": "delete"}
 
 
-def ensure_topics(config: KafkaConfig, layout: TopicLayout) -> list[Topic]:
-    """Create what is missing and check what exists; the topics created. Raises TopicMissing and BrokerError."""
+def ensure_topics(config: KafkaConfig, layout: TopicLayout, *topics: Topic) -> list[Topic]:
+    """Create what is missing of these topics (of all without one) and check what exists; the topics created.
+
+    Raises TopicMissing and BrokerError.
+    """
+    wanted = topics or tuple(Topic)
     admin = connect(lambda: KafkaAdminClient(**client_options(config, "admin")), config)
     try:
         with kafka_errors("looking at the topics"):
-            missing = [state.topic for state in _states(admin, config) if not state.partitions]
+            states = _states(admin, config)
+        missing = [state.topic for state in states if not state.partitions and state.topic in wanted]
         if missing and not layout.create:
             raise TopicMissing(
                 f"missing at {config.bootstrap_servers}: {', '.join(config.topic(topic) for topic in missing)}; create "
@@ -83,7 +88,7 @@ def ensure_topics(config: KafkaConfig, layout: TopicLayout) -> list[Topic]:
         for topic in missing:
             _create(admin, config, layout, topic)
         with kafka_errors("checking the topics"):
-            _verify(_states(admin, config))
+            _verify([state for state in _states(admin, config) if state.topic in wanted])
     finally:
         admin.close()
     return missing

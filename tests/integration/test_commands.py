@@ -13,14 +13,17 @@ import pytest
 from kafka import KafkaProducer
 
 from dylora_stream.bootstrap.parts import open_ledger
-from dylora_stream.bootstrap.tools import newest_registry
+from dylora_stream.bootstrap.tools import newest_registry, sender, topic_states
+from dylora_stream.core.errors import TopicMissing
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import Changes
 from dylora_stream.core.messages import DeadLetter, Position, RawRecord, Topic
+from dylora_stream.ops.files import FileRecord
 from dylora_stream.settings import Settings, load_settings
 from dylora_stream.stream import codec
 from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import client_options
+from dylora_stream.stream.topics import TopicLayout
 
 pytestmark = pytest.mark.kafka
 
@@ -66,6 +69,18 @@ def test_topics_are_absent_then_created_then_listed(command: Command) -> None:
     assert "requests" in command("topics", "create")
     assert "missing" not in command("topics", "list")
     assert "all topics exist" in command("topics", "create")
+
+
+def test_produce_before_the_first_start_makes_the_topic_as_the_settings_say(settings: Settings) -> None:
+    """A broker that makes it for the first record gives it one partition, whatever topics.requests_partitions is."""
+    wanted = settings.model_copy(update={"topics": TopicLayout(requests_partitions=3)})
+    refused = settings.model_copy(update={"topics": TopicLayout(create=False)})
+    with pytest.raises(TopicMissing, match="dylora-stream topics create"), sender(refused):
+        pass
+    with sender(wanted) as send:
+        send(FileRecord(value=b"first"))
+    made = {state.topic: state.partitions for state in topic_states(settings)}
+    assert (made[Topic.REQUESTS], made[Topic.RESULTS]) == (3, 0)
 
 
 def test_produced_rows_arrive_as_requests_in_file_order(
