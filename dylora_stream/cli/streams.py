@@ -95,19 +95,30 @@ def record(
     """
     from dylora_stream.bootstrap.recording import recorded
 
-    settings = settings_from(config, assignments, bootstrap)
-    written = 0
+    records = recorded(settings_from(config, assignments, bootstrap), topic, follow=follow)
     try:
-        with file.open("x", encoding="utf-8") as out:
-            for each in islice(recorded(settings, topic, follow=follow), limit):
-                out.write(record_row(each) + "\n")
-                written += 1
+        out = file.open(
+            "x", encoding="utf-8", buffering=1 if follow else -1
+        )  # what comes is there to be read
     except FileExistsError as error:
         raise DyloraError(f"{file} exists already: give another name, or remove it first") from error
     except OSError as error:
-        raise DyloraError(f"{file} cannot be written: {error}") from error
+        raise DyloraError(f"{file} cannot be written: {error.strerror}") from error
+    written = 0
+    try:
+        with out:
+            for each in islice(records, limit):
+                out.write(record_row(each) + "\n")
+                written += 1
+    except BaseException as error:
+        if not written:
+            file.unlink()
+        if isinstance(error, OSError):
+            raise DyloraError(f"{file} cannot be written: {error.strerror}") from error
+        raise
     finally:
-        typer.echo(f"{written} records in {file}")
+        if file.exists():
+            typer.echo(f"{written} records in {file}")
 
 
 def replay(
@@ -175,13 +186,20 @@ def _send(records: Iterable[FileRecord], total: int, settings: "Settings") -> No
 
     columns = (TextColumn("sending"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     sent = 0
-    with (
-        Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress,
-        sender(settings) as send,
-    ):
-        task = progress.add_task("sending", total=total)
-        for record in records:
-            send(record)
-            sent += 1
-            progress.advance(task)
+    try:
+        with (
+            Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress,
+            sender(settings) as send,
+        ):
+            task = progress.add_task("sending", total=total)
+            for record in records:
+                send(record)
+                sent += 1
+                progress.advance(task)
+    except BaseException:
+        if sent:
+            typer.echo(
+                f"stopped after {sent} records: they are sent, and a second run sends them again", err=True
+            )
+        raise
     typer.echo(f"{sent} records sent")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from daemons import until
 from kafka import KafkaProducer
 
 from dylora_stream.bootstrap.parts import open_ledger
@@ -121,6 +123,39 @@ def test_replayed_records_keep_keys_headers_and_times(
     assert record.timestamp_ms == sent_ms
     command("replay", "recorded.jsonl")
     assert [record.timestamp_ms > sent_ms for record in requests_of(settings)] == [False, True]
+
+
+def test_a_stream_that_stops_says_how_many_were_sent(
+    command: Command, settings: Settings, tmp_path: Path
+) -> None:
+    """By a line that is none, and by a signal: a second run would send them twice."""
+    command("topics", "create")
+    (tmp_path / "rows.jsonl").write_text('{"input": "a"}\n' * 3 + "{")
+    said = command("produce", "rows.jsonl", code=1)
+    assert "stopped after 3 records" in said
+    assert "rows.jsonl:4 is not JSON" in said
+    assert len(requests_of(settings)) == 3
+    (tmp_path / "lines.txt").write_text("a\n" * 1000)
+    words = ("produce", "lines.txt", "--rate", "1", *settings.arguments)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dylora_stream", *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: len(requests_of(settings)) > 3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    sent = len(requests_of(settings)) - 3
+    assert f"stopped after {sent} records" in said
+
+
+def test_a_recording_that_never_began_leaves_no_file(command: Command, tmp_path: Path) -> None:
+    """The same command works once the topic is there; a file of somebody else's is not said to hold anything."""
+    assert "there is no topic" in command("record", "results", "out.jsonl", code=3)
+    assert not (tmp_path / "out.jsonl").exists()
+    command("topics", "create")
+    assert "0 records in out.jsonl" in command("record", "results", "out.jsonl")
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    assert "records in" not in command("record", "results", "mine.jsonl", code=1)
 
 
 def test_a_recorded_topic_is_replayed_byte_for_byte(
