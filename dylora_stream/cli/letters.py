@@ -4,10 +4,10 @@ from itertools import islice
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.cli.tables import show
 from dylora_stream.ops.files import FileRecord
 
 __all__ = ["register"]
@@ -39,7 +39,7 @@ def list_letters(
     table = Table("position", "stage", "reason", "message")
     for letter in islice((each for each in found if reason in (None, each.reason)), limit):
         table.add_row(str(letter.record.position), letter.stage, letter.reason, letter.message)
-    Console().print(table if table.rows else "No dead letter.")
+    show(table if table.rows else "No dead letter.")
 
 
 def replay_letters(

@@ -3,11 +3,12 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dylora_stream import __version__
 from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.cli.tables import show
 
 __all__ = ["register"]
 
@@ -39,8 +40,8 @@ def doctor(
     checks = examine(tools.doctor_probes(settings))
     table = Table("check", "", "found, or what to do")
     for check in checks:
-        table.add_row(check.name, "[green]ok[/]" if check.is_ok else "[red]fails[/]", check.detail)
-    Console().print(table)
+        table.add_row(check.name, Text("ok", "green") if check.is_ok else Text("fails", "red"), check.detail)
+    show(table)
     if not all(check.is_ok for check in checks):
         raise typer.Exit(1)
 
@@ -61,7 +62,7 @@ def show_config(
     for row in settings_from(config, assignments, bootstrap).explain():
         if not changed or row.source != "default":
             table.add_row(row.name, row.value, row.source)
-    Console(soft_wrap=True).print(table)
+    show(table)
 
 
 def fetch_model(config: ConfigOption = None, assignments: SetOption = None) -> None:

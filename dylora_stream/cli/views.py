@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dylora_stream.cli.options import BootstrapOption, ConfigOption, SetOption, settings_from
+from dylora_stream.cli.tables import show
 
 __all__ = ["register"]
 
@@ -44,7 +44,7 @@ def list_experts(
     for version in registry.experts:
         rows = str(version.trained_on.get("rows", ""))
         table.add_row(version.expert_id, str(version.version), version.maturity, version.tenant, rows)
-    Console().print(table if registry.experts else "No expert yet: the backbone answers alone.")
+    show(table if registry.experts else "No expert yet: the backbone answers alone.")
 
 
 def show_expert(
@@ -78,7 +78,7 @@ def show_expert(
         "sha256": version.storage.sha256,
     }.items():
         table.add_row(name, str(value))
-    Console().print(table)
+    show(table)
 
 
 def export(
@@ -135,7 +135,7 @@ def sample_stats(config: ConfigOption = None, assignments: SetOption = None) -> 
     clusters = Table(*(name.replace("_", " ") for name in names), title="clusters")
     for cluster in stats["clusters"]:
         clusters.add_row(*(str(cluster.get(name) or "") for name in names))
-    Console().print(rows, clusters)
+    show(rows, clusters)
 
 
 def list_topics(
@@ -148,7 +148,7 @@ def list_topics(
     table = Table("topic", "name", "partitions", "cleanup")
     for state in states:
         table.add_row(state.topic, state.name, str(state.partitions or "missing"), state.cleanup or "")
-    Console().print(table)
+    show(table)
     if not all(state.partitions for state in states):
         raise typer.Exit(1)
 

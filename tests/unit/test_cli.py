@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import typer
+from rich.table import Table
 from typer.testing import CliRunner
 
 from dylora_stream.cli import app
+from dylora_stream.cli.tables import show
 from dylora_stream.core.errors import DyloraError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 
@@ -168,6 +170,29 @@ def test_settings_are_shown_with_their_origin(tmp_path: Path) -> None:
     done = run("config", "show", "--changed", "--set", "http.port=0", folder=tmp_path)
     rows = [re.split(r"\s*│\s*", line)[1:4] for line in done.stdout.splitlines() if "│" in line]
     assert rows == [["pool.slots", "5", "file dylora.toml"], ["http.port", "0", "flag"]], done.stderr
+
+
+def test_a_value_is_shown_whole_and_as_it_is(tmp_path: Path) -> None:
+    """However long it is, where another program reads it; what looks like markup is part of it."""
+    servers = ",".join(f"broker-{number}.a-long-name.example.com:9092" for number in range(9))
+    flags = ("--set", f"kafka.bootstrap_servers={servers}", "--set", "store.experts=s3://bucket/[prod]/x")
+    done = run("config", "show", "--changed", *flags, folder=tmp_path)
+    rows = [re.split(r"\s*│\s*", line)[2] for line in done.stdout.splitlines() if "│" in line]
+    assert rows == [servers, "s3://bucket/[prod]/x"], done.stderr
+
+
+def test_on_a_terminal_a_long_value_goes_on_in_the_next_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it is left out."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    table = Table("position", "why")
+    table.add_row("acme.production.requests:3:1234567890", "[/b] is no tag")
+    show(table)
+    rows = [re.split(r"\s*│\s*", line)[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "".join(row[0] for row in rows) == "acme.production.requests:3:1234567890"
+    assert "".join(row[1] for row in rows).replace(" ", "") == "[/b]isnotag"
 
 
 def test_the_doctor_fails_with_advice_where_there_is_nothing(tmp_path: Path) -> None:
