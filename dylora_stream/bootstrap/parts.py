@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SystemClock", "broker_folder", "check_method", "create_topics", "expert_store", "faiss_index", "fetch_model",
-    "instance_of", "kafka_of", "load_backbone", "mixture_answerer", "model_path", "open_ledger", "router_parts",
-    "statistics_loader", "wire_codec",
+    "instance_of", "kafka_of", "ledger_file", "load_backbone", "mixture_answerer", "model_path", "open_ledger",
+    "router_parts", "statistics_loader", "wire_codec",
 ]  # fmt: skip
 
 EMBEDDED_INSTANCE = "0"
@@ -116,11 +116,16 @@ def expert_store(settings: Settings) -> FolderStore:
 
 
 def open_ledger(settings: Settings) -> "DuckLedger":
-    """Learn's database; DatabaseBusy when learn is running."""
+    """Learn's database, made where it is missing; DatabaseBusy when learn is running."""
     from dylora_stream.store.database import DatabaseConfig, DuckLedger
 
     config = DatabaseConfig(memory_limit=settings.store.memory_limit, threads=settings.store.threads)
-    return DuckLedger(settings.store.folder / "learn.duckdb", config)
+    return DuckLedger(ledger_file(settings), config)
+
+
+def ledger_file(settings: Settings) -> Path:
+    """Where learn's database lies, once learn has run."""
+    return settings.store.folder / "learn.duckdb"
 
 
 def faiss_index() -> IndexFactory:

@@ -5,10 +5,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dylora_stream.bootstrap.parts import SystemClock, expert_store, kafka_of, model_path, open_ledger
-from dylora_stream.core.errors import BrokerError, DatabaseBusy, DyloraError, ModelNotFound, TopicMissing
+from dylora_stream.bootstrap.parts import (
+    SystemClock,
+    expert_store,
+    kafka_of,
+    ledger_file,
+    model_path,
+    open_ledger,
+)
+from dylora_stream.core.errors import (
+    BrokerError,
+    DatabaseBusy,
+    DyloraError,
+    ModelNotFound,
+    StoreError,
+    TopicMissing,
+)
 from dylora_stream.core.experts import ExpertVersion, Registry
 from dylora_stream.core.messages import Topic
 from dylora_stream.learn.retirement import retirement
@@ -22,6 +36,9 @@ from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, kafka_errors
 from dylora_stream.stream.topics import TopicState, describe_topics, ensure_topics
 from dylora_stream.stream.wire import WireCodec
+
+if TYPE_CHECKING:
+    from dylora_stream.store.database import DuckLedger
 
 __all__ = [
     "doctor_probes", "embedded_broker", "expert_folder", "newest_registry", "retire", "sample_stats", "score",
@@ -123,7 +140,7 @@ def sample_stats(settings: Settings) -> Mapping[str, Any]:
     if address is not None:
         with suppress(DyloraError):
             return ask(f"{address}/stats")
-    ledger = open_ledger(settings)
+    ledger = _ledger_of_learn(settings)
     try:
         return asdict(ledger.summary())
     finally:
@@ -140,7 +157,7 @@ def retire(settings: Settings, expert_id: str) -> bool:
     if address is not None and _answers(address):
         ask(f"{address}/experts/retire", {"expert": expert_id})
         return True
-    ledger = open_ledger(settings)
+    ledger = _ledger_of_learn(settings)
     try:
         state, clock = ledger.load(), SystemClock()
         version = state.registry.named(expert_id)
@@ -149,6 +166,16 @@ def retire(settings: Settings, expert_id: str) -> bool:
     finally:
         ledger.close()
     return False
+
+
+def _ledger_of_learn(settings: Settings) -> "DuckLedger":
+    """The database that is there: one made here would belong to this user, and say that nothing was ever learned."""
+    if not ledger_file(settings).exists():
+        raise StoreError(
+            f"there is no database in {settings.store.folder.absolute()}, learn has not run there: set store.folder to "
+            "the one that it uses"
+        )
+    return open_ledger(settings)
 
 
 def _answers(address: str) -> bool:
@@ -225,6 +252,8 @@ def _probe_model(settings: Settings) -> str:
 
 
 def _probe_database(settings: Settings) -> str:
+    if not ledger_file(settings).exists():
+        return "none yet; learn makes it when it starts"
     try:
         ledger = open_ledger(settings)
     except DatabaseBusy:
@@ -236,7 +265,12 @@ def _probe_database(settings: Settings) -> str:
 
 
 def _probe_registry(settings: Settings) -> str:
-    registry = newest_registry(settings)
+    try:
+        registry = newest_registry(settings)
+    except TopicMissing:
+        if not settings.topics.create:
+            raise
+        return "none yet; the first start makes its topic"
     for version in registry.experts:
         expert_folder(settings, version)
     return f"number {registry.number}, {len(registry.experts)} experts, all files as their digests say"

@@ -73,6 +73,19 @@ def test_topics_are_absent_then_created_then_listed(command: Command) -> None:
     assert "all topics exist" in command("topics", "create")
 
 
+def test_a_new_broker_is_no_fault_for_the_doctor(
+    command: Command, settings: Settings, tmp_path: Path
+) -> None:
+    """What the first start makes, topics and database, may be missing; the doctor does not make it either."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    words = ("doctor", "--set", "http.port=0", "--set", "model.folder=model")
+    assert "the first start makes its topic" in command(*words)
+    assert not (settings.store.folder / "learn.duckdb").exists()
+    assert "no topic" in command(*words, "--set", "topics.create=false", code=1)
+
+
 def test_produce_before_the_first_start_makes_the_topic_as_the_settings_say(settings: Settings) -> None:
     """A broker that makes it for the first record gives it one partition, whatever topics.requests_partitions is."""
     wanted = settings.model_copy(update={"topics": TopicLayout(requests_partitions=3)})

@@ -164,6 +164,17 @@ def test_a_score_without_a_daemon_says_what_to_start(tmp_path: Path) -> None:
     assert "dylora-stream run" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("samples", "stats"), ("experts", "retire", "e-1", "--yes")], ids=" ".join
+)
+def test_a_data_folder_without_a_database_is_no_empty_one(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Asked in the wrong folder, a command says so, and makes no database there."""
+    done = run(*arguments, folder=tmp_path)
+    assert done.returncode == 4
+    assert f"there is no database in {tmp_path / '.dylora'}" in done.stderr
+    assert not (tmp_path / ".dylora").exists()
+
+
 def test_settings_are_shown_with_their_origin(tmp_path: Path) -> None:
     """config show --changed lists what is set, and by whom."""
     (tmp_path / "dylora.toml").write_text("[pool]\nslots = 5\n")
