@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import structlog
@@ -210,7 +211,16 @@ def _open_port(settings: Settings, routes: HttpRoutes, closing: ExitStack, role:
     http = HttpPort(settings.http, routes, is_next=role == "learn")
     closing.callback(http.close)
     log.info("http_listening", address=http.address)
-    (settings.store.folder / f"{role}.http").write_text(http.address)
+    told = settings.store.folder / f"{role}.http"
+    told.write_text(http.address)
+    closing.callback(_take_back, told, http.address)
+
+
+def _take_back(told: Path, address: str) -> None:
+    """Whoever has the port next may be another folder's daemon; another worker of this one has written its own."""
+    with suppress(OSError):
+        if told.read_text() == address:
+            told.unlink()
 
 
 def _health(metrics: Metrics, *, is_ready: bool, registry: int) -> Health:

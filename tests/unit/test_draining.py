@@ -4,9 +4,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
+
+from dylora_stream.bootstrap.roles import _open_port
+from dylora_stream.ops.http import Health, HttpRoutes
+from dylora_stream.settings import load_settings
 
 PROGRAM = """
 import sys, time
@@ -69,3 +74,18 @@ def test_a_second_signal_ends_at_once() -> None:
             process.wait(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
+
+
+def test_a_role_that_ends_takes_its_address_back(tmp_path: Path) -> None:
+    """Another data folder's daemon may have the port next, and would be asked in its place."""
+    settings = load_settings(flags=[f"store.folder={tmp_path}", "http.port=0"])
+    routes = HttpRoutes(health=lambda: Health(is_alive=True, is_ready=True), metrics=lambda: b"")
+    told = tmp_path / "serve.http"
+    with ExitStack() as first:
+        _open_port(settings, routes, first, "serve")
+        with ExitStack() as second:
+            _open_port(settings, routes, second, "serve")
+            newest = told.read_text()
+            first.close()
+            assert told.read_text() == newest
+        assert not told.exists()
