@@ -37,6 +37,15 @@ def test_every_error_of_the_client_becomes_one_of_ours() -> None:
     assert [kind.__name__ for kind in kinds if fate_of(kind) is None] == []
 
 
+@pytest.mark.parametrize("name", ["ssl_cafile", "ssl_certfile", "ssl_keyfile"])
+def test_a_certificate_that_is_not_there_is_named(name: str) -> None:
+    """The client would say for a minute that it cannot bootstrap."""
+    absent = {name: "absent.pem"}
+    config = KafkaConfig(bootstrap_servers="b:1", security_protocol="SSL", **absent)
+    with pytest.raises(SettingsError, match=f"kafka.{name} is absent.pem"):
+        client_options(config, "admin")
+
+
 @pytest.mark.parametrize(
     ("error", "ours"),
     [
@@ -67,14 +76,16 @@ def test_the_client_s_unsafe_defaults_are_all_set() -> None:
     assert options["group_instance_id"] == "0"
 
 
-def test_secrets_reach_the_client_and_not_the_log() -> None:
+def test_secrets_reach_the_client_and_not_the_log(tmp_path: Path) -> None:
     """`repr` is what ends up in logs."""
+    certificate = tmp_path / "ca.pem"
+    certificate.touch()
     config = KafkaConfig(
         bootstrap_servers="h:1", security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-256", sasl_username="alice",
-        sasl_password="hush", ssl_password="hush", ssl_cafile="ca.pem",
+        sasl_password="hush", ssl_password="hush", ssl_cafile=str(certificate),
     )  # fmt: skip
     options = client_options(config, "sink")
-    assert (options["sasl_plain_password"], options["ssl_cafile"]) == ("hush", "ca.pem")
+    assert (options["sasl_plain_password"], options["ssl_cafile"]) == ("hush", str(certificate))
     assert "hush" not in repr(config)
 
 
