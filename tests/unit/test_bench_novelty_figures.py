@@ -110,6 +110,13 @@ def test_outliers_are_inputs_alone(tmp_path: Path) -> None:
         load_outliers(config)
 
 
+def test_outliers_that_are_no_text_are_named(tmp_path: Path) -> None:
+    """The file, before anything is read by the model."""
+    (tmp_path / "outliers.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(SettingsError, match="outliers.jsonl cannot be read"):
+        load_outliers(NoveltyBenchConfig(data=tmp_path))
+
+
 def test_parts_in_turn_are_spread_evenly_in_their_order() -> None:
     """A part of four and one of two: neither runs out before the end."""
     assert in_turn([4, 2]).tolist() == [0, 4, 1, 2, 5, 3]

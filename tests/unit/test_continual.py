@@ -25,7 +25,7 @@ from dylora_stream.bench.continual.store import Store
 from dylora_stream.bench.continual.tasks import choose, load_task, load_tasks
 from dylora_stream.bench.continual.watch import Silence
 from dylora_stream.bench.continual.workbench import Workbench
-from dylora_stream.core.errors import SettingsError
+from dylora_stream.core.errors import SettingsError, StoreError
 from dylora_stream.core.messages import Policy
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import NULL_EXPERT, Routing
@@ -403,3 +403,15 @@ def test_every_gate_decides_out_of_the_store_as_it_did(bench: Workbench, method:
         assert np.array_equal(restored.is_exact, cell.is_exact)
         assert restored.leaders is not None
         assert np.array_equal(restored.leaders, cell.leaders)
+
+
+def test_a_folder_that_cannot_be_written_ends_a_run_in_one_line(tmp_path: Path) -> None:
+    """--work that names a file, or a full disk: what is wrong and what to do; nothing half-written stays."""
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file")
+    assert store.value("cells", "a") is None
+    assert store.tensors("cells", "a") is None
+    with pytest.raises(StoreError, match="--work a folder that can"):
+        store.put_value("cells", "a", 1)
+    with pytest.raises(StoreError, match="--work a folder that can"):
+        store.put_tensors("cells", "a", {"x": torch.zeros(1)})

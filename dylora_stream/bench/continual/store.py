@@ -8,7 +8,8 @@ method afresh, delete `chains/METHOD`, `cells/METHOD` and `experts/METHOD`.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dylora_stream.core.errors import StoreError
 
 __all__ = ["Store", "digest"]
 
@@ -38,35 +41,43 @@ class Store:
         """A JSON value, None where there is none."""
         try:
             return json.loads((self.folder / kind / f"{key}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
     def put_value(self, kind: str, key: str, value: Any) -> None:
         """Keep a JSON value."""
-        path = self._place(kind, f"{key}.json")
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(value), encoding="utf-8")
-        beside.replace(path)
+        with self._written(kind, f"{key}.json") as beside:
+            beside.write_text(json.dumps(value), encoding="utf-8")
 
     def tensors(self, kind: str, key: str) -> dict[str, Tensor] | None:
         """Tensors by name, None where there are none."""
         try:
             return load_file(self.folder / kind / f"{key}.safetensors")
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
 
     def put_tensors(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, bit for bit."""
-        path = self._place(kind, f"{key}.safetensors")
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
         own = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        save_file(own, beside)
-        beside.replace(path)
+        with self._written(kind, f"{key}.safetensors") as beside:
+            save_file(own, beside)
 
-    def _place(self, kind: str, name: str) -> Path:
+    @contextmanager
+    def _written(self, kind: str, name: str) -> Iterator[Path]:
+        """The file to write, which has its name afterwards. Raises StoreError."""
         folder = self.folder / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
+        beside = (folder / name).with_suffix(f".{os.getpid()}.tmp")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield beside
+            beside.replace(folder / name)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                beside.unlink()
+            raise StoreError(
+                f"{folder} cannot be written ({error}): free some space, or give --work a folder that can; what is "
+                "finished is kept"
+            ) from error

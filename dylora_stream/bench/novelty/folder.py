@@ -53,8 +53,12 @@ def load_outliers(config: NoveltyBenchConfig) -> tuple[str, ...]:
     path = config.data / OUTLIERS
     if not path.is_file():
         return ()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             texts.append(_input(line, f"{path}, line {number}"))
     return tuple(strip_markers(text) for text in texts) if config.is_stripped else tuple(texts)
