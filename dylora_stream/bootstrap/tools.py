@@ -195,6 +195,7 @@ def doctor_probes(settings: Settings) -> dict[str, Probe]:
         "codecs": _probe_codecs,
         "model": lambda: _probe_model(settings),
         "database": lambda: _probe_database(settings),
+        "expert store": lambda: expert_store(settings).check(),
         "registry": lambda: _probe_registry(settings.model_copy(update={"kafka": quick})),
     }
 

@@ -8,6 +8,7 @@ can never point outside.
 
 import errno
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import fsspec
 
 from dylora_stream.core.durable import put_in_place
-from dylora_stream.core.errors import DiskFull, ExpertCorrupt, StoreError
+from dylora_stream.core.errors import DiskFull, ExpertCorrupt, SettingsError, StoreError
 from dylora_stream.core.experts import StoredFolder
 
 __all__ = ["FolderStore", "folder_digest"]
@@ -41,22 +42,49 @@ class FolderStore:
     """
 
     def __init__(self, url: str, cache: Path) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        """Raises SettingsError for a URL that nothing here can read, StoreError where its storage does not answer."""
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise SettingsError(
+                f"store.experts is {url}, which cannot be used here: {error}. Install the fsspec package of that "
+                "storage into this environment, or correct store.experts"
+            ) from error
+        except Exception as error:  # some storages are asked at once, each by a client with errors of its own
+            raise StoreError(f"the expert store {url} cannot be reached: {error}") from error
         self._is_local = "file" in (
             self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
         )
         self._cache = cache
         self._verified: set[str] = set()
 
+    def check(self) -> str:
+        """Where it is, for the doctor; writes nothing. Raises StoreError where it cannot be reached or written."""
+        if self._is_local:
+            root = Path(self._root)
+            place = next(path for path in (root, *root.parents) if path.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                raise StoreError(
+                    f"the expert store {root} cannot be written: set store.experts to a folder that can"
+                )
+            return str(root)
+        try:
+            self._fs.info(self._root)
+        except FileNotFoundError:
+            pass  # nothing has been written there yet
+        except Exception as error:  # each kind of storage has a client with errors of its own
+            raise StoreError(f"the expert store {self._root} cannot be reached: {error}") from error
+        return str(self._root)
+
     def put(self, folder: Path) -> StoredFolder:
         """See the port."""
         sha256 = folder_digest(folder)
         stored = StoredFolder(path=f"{sha256[:2]}/{sha256}", sha256=sha256)
         target = f"{self._root}/{stored.path}"
-        if self._fs.exists(target):
-            return stored
         aside = f"{self._root}/aside/{uuid.uuid4().hex}"
         try:
+            if self._fs.exists(target):
+                return stored
             self._fs.makedirs(f"{self._root}/aside", exist_ok=True)
             self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
             self._fs.put(f"{folder}/", f"{aside}/", recursive=True)
@@ -64,8 +92,8 @@ class FolderStore:
                 put_in_place(Path(aside), Path(target))
             else:
                 self._fs.mv(aside, target, recursive=True)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except Exception as error:  # each kind of storage has a client with errors of its own
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise DiskFull(f"no room left in the expert store {self._root}; free some space") from error
             raise StoreError(f"the expert store {self._root} cannot be written: {error}") from error
         return stored

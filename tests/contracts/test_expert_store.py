@@ -1,5 +1,6 @@
 """One contract for the expert store, over folders and over the in-memory double; then what only files can suffer."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dylora_stream.core.errors import ExpertCorrupt
+from dylora_stream.core.errors import ExpertCorrupt, SettingsError, StoreError
 from dylora_stream.core.experts import StoredFolder
 from dylora_stream.core.ports import ExpertStore
 from dylora_stream.store.experts import FolderStore, folder_digest
@@ -151,3 +152,34 @@ def test_a_storage_that_does_not_answer_is_said_so(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(MemoryFileSystem, "get", fail)
     with pytest.raises(ExpertCorrupt, match="no route to the bucket"):
         FolderStore(url, tmp_path / "cache").open(stored)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/experts", "nosuch://bucket/experts"])
+def test_a_storage_that_nothing_here_reads_is_a_wrong_setting(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart would not mend it: it is said with the setting's name, and the process ends."""
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SettingsError, match=f"store.experts is {url}"):
+        FolderStore(url, tmp_path / "cache")
+
+
+def test_a_storage_is_looked_at_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the doctor asks: a store that is not there yet is well, one that refuses or is a file is not."""
+    assert folder_store(tmp_path).check() == str(tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="set store.experts"):
+        FolderStore(str(tmp_path / "file" / "below"), tmp_path / "cache").check()
+    remote = FolderStore("memory://not-there", tmp_path / "cache")
+    assert remote.check() == "/not-there"
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    with pytest.raises(StoreError, match="cannot be reached: no credentials"):
+        remote.check()
+    monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
+    with pytest.raises(StoreError, match="cannot be written: no credentials"):
+        remote.put(expert(tmp_path / "one"))
