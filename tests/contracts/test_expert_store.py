@@ -115,10 +115,11 @@ def test_two_workers_that_fetch_at_once_both_get_the_folder(
     url = "memory://fetched-at-once"
     stored = FolderStore(url, tmp_path / "unused").put(expert(tmp_path / "one"))
     workers = [FolderStore(url, tmp_path / "cache") for _ in range(2)]
-    meeting, get = threading.Barrier(2), MemoryFileSystem.get
+    meeting, turn, get = threading.Barrier(2), threading.Lock(), MemoryFileSystem.get
 
     def met(*arguments: Any, **options: Any) -> None:
-        get(*arguments, **options)
+        with turn:  # a file of this storage has one place to read at, for all its readers
+            get(*arguments, **options)
         meeting.wait(DEADLINE_S)  # until the other one has it too
 
     monkeypatch.setattr(MemoryFileSystem, "get", met)
