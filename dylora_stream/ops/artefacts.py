@@ -24,20 +24,24 @@ def count_parameters(folder: Path, pattern: str = "*.safetensors") -> int:
 def export_expert(folder: Path, target: Path, *, with_rows: bool = False) -> list[str]:
     """Copy an expert's folder to a new one that plain PEFT loads; the names of the files.
 
-    Rows of the stream stay behind unless asked for. Raises DyloraError when the target is in use.
+    Rows of the stream stay behind unless asked for. Raises DyloraError when the target is in use, or
+    cannot be written.
     """
-    if target.exists() and any(target.iterdir()):
-        raise DyloraError(f"{target} is not empty: name a new folder")
     if not (folder / ADAPTER).is_file():
         raise ExpertCorrupt(f"{folder} holds no {ADAPTER}: the expert's files are incomplete")
-    target.mkdir(parents=True, exist_ok=True)
-    files = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and (with_rows or file.name not in PRIVATE_FILES)
-    ]
-    for file in files:
-        shutil.copyfile(file, target / file.name)
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise DyloraError(f"{target} is not empty: name a new folder")
+        target.mkdir(parents=True, exist_ok=True)
+        files = [
+            file
+            for file in sorted(folder.iterdir())
+            if file.is_file() and (with_rows or file.name not in PRIVATE_FILES)
+        ]
+        for file in files:
+            shutil.copyfile(file, target / file.name)
+    except OSError as error:
+        raise DyloraError(f"{target} cannot be written ({error.strerror}): name a new folder") from error
     return [file.name for file in files]
 
 

@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, StoreError
+from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, SettingsError, StoreError
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import (
     MOST_UNLABELLED,
@@ -88,6 +88,17 @@ class DatabaseConfig:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
 
+def _connected(path: Path, config: DatabaseConfig) -> duckdb.DuckDBPyConnection:
+    try:
+        return duckdb.connect(
+            str(path), config={"memory_limit": config.memory_limit, "threads": str(config.threads)}
+        )
+    except duckdb.ParserException as error:  # of what it is given, the limit alone is parsed
+        raise SettingsError(
+            f"store.memory_limit is {config.memory_limit!r}: write it as 512MB ({error})"
+        ) from error
+
+
 @contextmanager
 def database_errors(path: Path) -> Iterator[None]:
     """DuckDB's exceptions as ours, with what to do."""
@@ -128,9 +139,7 @@ class DuckLedger:
         config = config or DatabaseConfig()
         with database_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = duckdb.connect(
-                str(path), config={"memory_limit": config.memory_limit, "threads": str(config.threads)}
-            )
+            self._db = _connected(path, config)
             self._db.execute(_script("schema.sql"))
             self._check_version()
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from learning import CODEC
 
-from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull
+from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, SettingsError
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import (
     Changes,
@@ -528,3 +528,10 @@ def test_more_rows_than_duckdb_may_take_at_once_are_loaded_and_committed(tmp_pat
     ledger.commit(Changes(rows={each.position: replace(each, state=RowState.SETTLED) for each in rows}))
     assert ledger.summary().rows == {"settled": 12_000}
     ledger.close()
+
+
+@pytest.mark.parametrize("limit", ["512", "much", "5XB"])
+def test_a_memory_limit_that_is_none_is_a_wrong_setting(limit: str, tmp_path: Path) -> None:
+    """A restart would not mend it; DuckDB says what it wants."""
+    with pytest.raises(SettingsError, match=f"store.memory_limit is '{limit}'"):
+        DuckLedger(tmp_path / "learn.duckdb", DatabaseConfig(memory_limit=limit))

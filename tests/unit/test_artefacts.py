@@ -41,6 +41,8 @@ def test_an_export_overwrites_nothing(expert: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(DyloraError, match="not empty"):
         export_expert(expert, tmp_path / "out")
+    with pytest.raises(DyloraError, match="cannot be written"):
+        export_expert(expert, tmp_path / "out" / "mine")
 
 
 def test_a_file_that_is_no_safetensors_is_named(expert: Path) -> None:
