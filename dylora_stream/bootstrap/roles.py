@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -171,13 +172,19 @@ def _until_signalled(service: _Service, drain_deadline_s: float, *, is_supervise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if is_supervised:
-        threading.Thread(target=_drain_at_end, args=(drain,), daemon=True, name="pipe").start()
+        threading.Thread(target=_drain_at_end, args=(weakref.ref(drain),), daemon=True, name="pipe").start()
     service.run()
 
 
-def _drain_at_end(drain: Callable[[], None]) -> None:
-    sys.stdin.buffer.read()  # until the supervisor's end of the pipe closes
-    drain()
+def _drain_at_end(found: "weakref.ref[Callable[[], None]]") -> None:
+    """Until the supervisor's end of the pipe closes. Python's own end must not meet this thread: it reads past
+    `sys.stdin`, whose lock would be taken (a crash), and holds nothing of the role (reported as leaked).
+    """
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    drain = found()
+    if drain is not None:
+        drain()
 
 
 def _end_overdue(drain_deadline_s: float) -> None:

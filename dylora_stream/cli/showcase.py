@@ -115,7 +115,7 @@ def rehearse(
     from dylora_stream.ops.files import ReadOptions
 
     options = ReadOptions(format=file_format, limit=limit)
-    chosen = RehearsalConfig(file=file, options=options, batch=batch, keep=keep, report=report_target(report))
+    chosen = RehearsalConfig(file=file, options=options, batch=batch, keep=keep, report=report)
     play(chosen, settings_from(config, assignments), Console())
 
 

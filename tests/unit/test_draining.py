@@ -66,6 +66,13 @@ def test_a_drain_ends_by_itself_or_at_its_deadline(
         assert process.wait(20) == code
 
 
+def test_a_supervised_role_that_is_told_to_end_ends_well() -> None:
+    """While the supervisor's pipe is open, whose reader must not make Python's own end a crash."""
+    with role(is_obedient=True, deadline_s=60.0, is_supervised=True) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
 def test_a_second_signal_ends_at_once() -> None:
     """Without waiting for the deadline."""
     with role(is_obedient=False, deadline_s=60.0) as process:
