@@ -227,6 +227,7 @@ def test_a_signal_drains_both_roles_and_ends_with_code_0(
     said = [line["event"] for line in daemon.said()]
     assert said.count("worker_stopped") == 2
     assert "role_killed" not in said
+    assert "Fatal Python error" not in daemon.log.read_text(errors="replace")
     assert set(fates.values()) == {1}
     for role in ("serve", "learn"):
         with pytest.raises(ProcessLookupError):
