@@ -113,9 +113,14 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
 
 
 def child(settings: Settings) -> None:
-    """Work through job folders named on standard input until it closes. No Kafka client, no database."""
+    """Work through job folders named on standard input until it closes. No Kafka client, no database.
+
+    SIGTERM is for learn, which ends its child by itself: a service manager that sends it to every process of a service
+    would have jobs fail that are to be taken up again.
+    """
     from dylora_stream.model.jobs import serve_jobs
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logs(settings.log, "child", sys.stderr)
     quiet = replace(settings.model, threads=settings.learn.threads)
     serve_jobs(
@@ -152,7 +157,9 @@ class _Service(Protocol):
 def _until_signalled(service: _Service, drain_deadline_s: float, *, is_supervised: bool) -> None:
     """Run; the first signal drains, the second ends at once; so does a supervisor's pipe that closes, by draining.
 
-    A drain that takes longer than its deadline ends as if killed: what was not committed is taken again.
+    A drain that takes longer than its deadline ends as if killed: what was not committed is taken again. A supervised
+    role goes on draining at a second signal: a service manager sends one to every process of a service, the supervisor
+    passes its own on, and it kills what is to end at once.
     """
     signals = 0
 
@@ -165,7 +172,7 @@ def _until_signalled(service: _Service, drain_deadline_s: float, *, is_supervise
     def on_signal(_number: int, _frame: object) -> None:
         nonlocal signals
         signals += 1
-        if signals > 1:
+        if signals > 1 and not is_supervised:
             os._exit(INTERRUPTED)
         drain()
 

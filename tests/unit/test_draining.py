@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dylora_stream.bootstrap.roles import _open_port
+from dylora_stream.bootstrap import roles
 from dylora_stream.ops.http import Health, HttpRoutes
 from dylora_stream.settings import load_settings
 
@@ -73,6 +73,31 @@ def test_a_supervised_role_that_is_told_to_end_ends_well() -> None:
         assert process.wait(20) == 0
 
 
+def test_a_supervised_role_drains_though_it_is_told_twice() -> None:
+    """By a service manager that signals every process of the service, and by its supervisor."""
+    with role(is_obedient=False, deadline_s=1.0, is_supervised=True) as process:
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+
+
+def test_the_training_child_is_ended_by_learn_and_by_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service manager that signals every process would have its job fail, which is to be taken up again."""
+    from dylora_stream.model import jobs
+
+    dispositions: list[object] = []
+    monkeypatch.setattr(jobs, "serve_jobs", lambda *_: dispositions.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(roles, "configure_logs", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        roles.child(load_settings())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert dispositions == [signal.SIG_IGN]
+
+
 def test_a_second_signal_ends_at_once() -> None:
     """Without waiting for the deadline."""
     with role(is_obedient=False, deadline_s=60.0) as process:
@@ -89,9 +114,9 @@ def test_a_role_that_ends_takes_its_address_back(tmp_path: Path) -> None:
     routes = HttpRoutes(health=lambda: Health(is_alive=True, is_ready=True), metrics=lambda: b"")
     told = tmp_path / "serve.http"
     with ExitStack() as first:
-        _open_port(settings, routes, first, "serve")
+        roles._open_port(settings, routes, first, "serve")
         with ExitStack() as second:
-            _open_port(settings, routes, second, "serve")
+            roles._open_port(settings, routes, second, "serve")
             newest = told.read_text()
             first.close()
             assert told.read_text() == newest
