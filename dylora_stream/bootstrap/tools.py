@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dylora_stream.bootstrap.parts import (
     SystemClock,
+    broker_folder,
     expert_store,
     kafka_of,
     ledger_file,
@@ -118,9 +119,10 @@ def topic_states(settings: Settings) -> list[TopicState]:
     return describe_topics(settings.kafka)
 
 
-def embedded_broker(folder: Path, port: int) -> EmbeddedBroker:
-    """The broker of one machine, not yet started."""
-    return EmbeddedBroker(folder, port)
+def embedded_broker(settings: Settings, folder: Path | None, port: int) -> EmbeddedBroker:
+    """The broker of one machine, not yet started. A daemon with these settings knows it, wherever its data lies."""
+    home = broker_folder(settings)
+    return EmbeddedBroker(folder or home, port, known_in=home)
 
 
 def score(settings: Settings, text: str, tenant: str) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ def broker(
     from dylora_stream.bootstrap.tools import embedded_broker
 
     settings = settings_from(config, assignments)
-    with embedded_broker(data or settings.store.folder / "broker", port) as server:
+    with embedded_broker(settings, data, port) as server:
         typer.echo(f"Kafka on {server.bootstrap_servers}, data in {server.data_dir}; Ctrl-C ends it")
         raise typer.Exit(server.wait())
 

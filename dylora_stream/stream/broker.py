@@ -31,6 +31,7 @@ __all__ = [
 GLIBC_NEEDED = (2, 34)  # what the binary's symbols ask for, whatever its wheel says
 MARKER = "broker.json"
 LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 9092
 READY_S = 60.0
 STOP_S = 15.0
 POLL_S = 0.05
@@ -92,20 +93,32 @@ def noida_binary() -> Path:
 
 
 def is_embedded(bootstrap_servers: str, data_dir: Path) -> bool:
-    """Whether these servers are the embedded broker that keeps its data in `data_dir`."""
+    """Whether these servers are the embedded broker that keeps its data in `data_dir`, or is known there."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         marker = json.loads((data_dir / MARKER).read_text())
-        return bool(marker["kind"] == "embedded" and marker["bootstrap_servers"] == bootstrap_servers.strip())
+        return bool(
+            marker["kind"] == "embedded" and marker["bootstrap_servers"] == _as_marked(bootstrap_servers)
+        )
     return False
 
 
+def _as_marked(bootstrap_servers: str) -> str:
+    """The servers as a marker names them: this machine by its address, and always with a port."""
+    host, _, port = bootstrap_servers.strip().partition(":")
+    return f"{LOOPBACK if host == 'localhost' else host}:{port or DEFAULT_PORT}"
+
+
 class _Server:
-    """A broker process with a data folder: start, wait, stop. Subclasses say what the command is."""
+    """A broker process with a data folder: start, wait, stop. Subclasses say what the command is.
+
+    `known_in` is another folder that `is_embedded` may be asked about: the daemon's own, where data lies elsewhere.
+    """
 
     kind = ""
 
-    def __init__(self, data_dir: Path, port: int | None = None) -> None:
+    def __init__(self, data_dir: Path, port: int | None = None, known_in: Path | None = None) -> None:
         self.data_dir = data_dir
+        self._known_in = known_in or data_dir
         self.port = port if port is not None else self._last_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -156,7 +169,9 @@ class _Server:
     def mark(self, pid: int) -> None:
         """Leave the file that `is_embedded` looks at."""
         marker = {"kind": self.kind, "pid": pid, "bootstrap_servers": self.bootstrap_servers}
-        (self.data_dir / MARKER).write_text(json.dumps(marker))
+        for folder in (self._known_in, self.data_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARKER).write_text(json.dumps(marker | {"data_dir": str(self.data_dir.absolute())}))
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL when that takes too long. May be called twice."""
@@ -195,6 +210,8 @@ class _Server:
         with suppress(OSError, ValueError, KeyError, TypeError):
             marker = json.loads((self.data_dir / MARKER).read_text())
             servers, pid = str(marker["bootstrap_servers"]), int(marker["pid"])
+            if marker.get("data_dir", "") not in ("", str(self.data_dir.absolute())):
+                return
             if not _is_free(int(servers.rpartition(":")[2])) and Path(f"/proc/{pid}").exists():
                 raise BrokerError(
                     f"a broker (process {pid}) already serves {self.data_dir} at {servers}: use it, or `kill {pid}`"

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from kafka import errors
 
+from dylora_stream.bootstrap.parts import kafka_of
+from dylora_stream.bootstrap.tools import embedded_broker
 from dylora_stream.core.errors import (
     BrokerError,
     BrokerUnreachable,
@@ -16,6 +18,7 @@ from dylora_stream.core.errors import (
     TransactionAborted,
 )
 from dylora_stream.core.messages import Topic
+from dylora_stream.settings import load_settings
 from dylora_stream.stream.broker import EmbeddedBroker, EmbeddedIds, free_port, is_embedded
 from dylora_stream.stream.kafka import (
     KafkaConfig,
@@ -141,3 +144,21 @@ def test_the_embedded_broker_is_known_by_its_address(tmp_path: Path) -> None:
     broker.mark(pid=1)
     assert is_embedded("127.0.0.1:19092", tmp_path)
     assert not is_embedded("127.0.0.1:9092", tmp_path)
+    assert not is_embedded("127.0.0.1:19092,127.0.0.1:19093", tmp_path)
+
+
+@pytest.mark.parametrize(("port", "name"), [(19092, "localhost:19092"), (9092, "localhost")])
+def test_the_embedded_broker_is_known_by_the_machine_s_name_too(tmp_path: Path, port: int, name: str) -> None:
+    """Taken for a real Kafka, it would hide messages from learn after a serve that died."""
+    EmbeddedBroker(tmp_path, port).mark(pid=1)
+    assert is_embedded(name, tmp_path)
+
+
+def test_the_embedded_broker_is_known_wherever_its_data_lies(tmp_path: Path) -> None:
+    """`broker --data` leaves word in the data folder of the daemon."""
+    flags = [f"store.folder={tmp_path / 'daemon'}", "kafka.bootstrap_servers=127.0.0.1:19092"]
+    settings = load_settings(flags=flags)
+    elsewhere = embedded_broker(settings, tmp_path / "elsewhere", 19092)
+    elsewhere.mark(pid=1)
+    assert kafka_of(settings, "worker").is_embedded
+    assert is_embedded("127.0.0.1:19092", tmp_path / "elsewhere")
