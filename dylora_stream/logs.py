@@ -21,6 +21,7 @@ FIELDS = ("time", "level", "event", "instance", "position", "expert", "version",
 PAYLOAD_FIELDS = frozenset({"answer", "input", "output", "payload", "text", "value"})
 
 EVENTS = {
+    "batch_shortened": "a batch took longer than a minute to answer; the next ones have fewer records",
     "broker_unreachable": "no bootstrap server answers; it is tried again until kafka.connect_timeout_s is over",
     "child_started": "learn has a new training child",
     "dead_lettered": "records of a batch could not be answered and went to the dead letters",

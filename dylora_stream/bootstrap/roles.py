@@ -49,7 +49,7 @@ __all__ = ["child", "learn", "serve", "supervise"]
 log = structlog.get_logger(__name__)
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes of a second signal, and of a drain that took too long
-STALLED_S = 600.0  # a loop that has not polled for this long is not alive
+STALLED_POLLS = 2  # a loop that has not polled for so many times kafka.max_poll_interval_s is not alive
 
 
 def serve(settings: Settings, *, is_supervised: bool = False) -> None:
@@ -73,7 +73,9 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
         )
         service = serve_service(settings, ports, backbone)
         routes = HttpRoutes(
-            health=lambda: _health(metrics, is_ready=service.is_ready, registry=service.registry.number),
+            health=lambda: _health(
+                metrics, kafka, is_ready=service.is_ready, registry=service.registry.number
+            ),
             metrics=metrics.text,
             score=lambda text, tenant: answerer.score([text], tenant)[0],
         )
@@ -102,7 +104,9 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
         )
         service, curator = learn_service(settings, ports, kafka.topic(Topic.FEEDBACK))
         routes = HttpRoutes(
-            health=lambda: _health(metrics, is_ready=service.is_ready, registry=curator.registry.number),
+            health=lambda: _health(
+                metrics, kafka, is_ready=service.is_ready, registry=curator.registry.number
+            ),
             metrics=metrics.text,
             stats=curator.summary,
             retire=service.retire,
@@ -237,10 +241,11 @@ def _take_back(told: Path, address: str) -> None:
             told.unlink()
 
 
-def _health(metrics: Metrics, *, is_ready: bool, registry: int) -> Health:
+def _health(metrics: Metrics, kafka: KafkaConfig, *, is_ready: bool, registry: int) -> Health:
+    """A batch that takes longer than the group allows is for serve to shorten: a restart would take it as it was."""
     age_s = metrics.seconds_since_poll()
     return Health(
-        is_alive=age_s < STALLED_S,
+        is_alive=age_s < STALLED_POLLS * kafka.max_poll_interval_s,
         is_ready=is_ready,
         details={"last_poll_age_s": age_s, "registry": registry},
     )

@@ -8,7 +8,10 @@ The order of a batch (the transaction's steps 1, 2 and 4 to 8 live in the source
     d  publish results, events, samples, dead letters and offsets (steps 4 to 8)
     e  on TransactionAborted: rewind the source; the same records come again
 
-Invariant: nothing is kept between batches but the registry, so a batch taken again gives the same kind of outcome.
+A batch that took longer than a minute is followed by smaller ones, until they do not: one that outlives its place in
+the group could never be committed, and would be answered for ever.
+
+Invariant: nothing of a batch is kept but how long it took, so one taken again gives the same kind of outcome.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +30,7 @@ from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
 
 __all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService", "Worker"]
 
+LONG_BATCH_S = 60.0  # a group gives up a member that does not poll for kafka.max_poll_interval_s, ten minutes
 FIRST_RETRY_S = 5.0  # before versions that could not be loaded are tried again, doubled each time
 LONGEST_RETRY_S = 300.0
 
@@ -100,6 +104,7 @@ class _Progress:
     missing: frozenset[str] = frozenset()  # what of the registry could not be loaded, and was told of
     retry_at_s: float | None = None  # when that is tried again, by the clock
     retry_wait_s: float = FIRST_RETRY_S
+    batch_records: int = 1  # most records of the next batch
     is_ready: bool = False
     is_draining: bool = False
 
@@ -112,7 +117,7 @@ class ServeService:
         self._pipeline = pipeline
         self._config = config
         self._worker = worker
-        self._progress = _Progress()
+        self._progress = _Progress(batch_records=config.batch_records)
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
 
     @property
@@ -156,7 +161,7 @@ class ServeService:
         self._note(self._ports.changelog.poll())
         self._prepare()
         self._activate()
-        batch = self._ports.source.poll(self._config.batch_records, self._config.poll_timeout_s)
+        batch = self._ports.source.poll(self._progress.batch_records, self._config.poll_timeout_s)
         self._ports.metrics.polled(self._ports.source.lag_records)
         if not batch:
             return 0
@@ -167,6 +172,7 @@ class ServeService:
             feature_space=self._worker.feature_space,
         )
         outcome = self._pipeline.answer(batch.records, serving)
+        self._measure(len(batch.records), self._ports.clock.monotonic_s() - started_s)
         try:
             self._ports.sink.publish(outcome.messages, batch.checkpoint)
         except TransactionAborted as error:
@@ -180,6 +186,14 @@ class ServeService:
                 "dead_lettered", reason=reason, records=count, position=str(batch.records[0].position)
             )
         return len(batch.records)
+
+    def _measure(self, records: int, took_s: float) -> None:
+        """How many records the next batch may have."""
+        if took_s > LONG_BATCH_S and records > 1:
+            self._progress.batch_records = records // 2
+            log.warning("batch_shortened", records=records // 2, took_s=round(took_s), before=records)
+        elif took_s < LONG_BATCH_S / 4:
+            self._progress.batch_records = min(2 * self._progress.batch_records, self._config.batch_records)
 
     def _note(self, records: list[RawRecord]) -> None:
         for record in records:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dylora_stream.bootstrap.roles import _health
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.messages import Answer, Novelty, Policy, Position, Request, RoutingWeight
 from dylora_stream.ops.metrics import Metrics
+from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.testing import ManualClock
 
 
@@ -150,3 +152,12 @@ def test_lag_is_asked_for_in_the_loop_and_not_at_every_poll() -> None:
         clock.advance(1)
     assert shown(metrics)["dylora_lag_records"] == 7
     assert len(asked) == 2
+
+
+def test_a_batch_that_takes_longer_than_its_group_waits_is_no_reason_to_restart_a_role() -> None:
+    """After the restart the same batch would come again; twice the time is a loop that stands still."""
+    clock = ManualClock()
+    metrics, kafka = Metrics(clock), KafkaConfig(bootstrap_servers="h:1", max_poll_interval_s=900.0)
+    for advance_s, is_alive in ((1000.0, True), (1000.0, False)):
+        clock.advance(advance_s)
+        assert _health(metrics, kafka, is_ready=True, registry=0).is_alive is is_alive

@@ -3,12 +3,13 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from dylora_stream.core.errors import TransactionAborted
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Registry
-from dylora_stream.core.messages import OutboundMessage, Topic
-from dylora_stream.core.ports import Activation, LoadFailure
+from dylora_stream.core.messages import Answer, OutboundMessage, Request, Topic
+from dylora_stream.core.ports import Activation, Checkpoint, LoadFailure
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import FIRST_RETRY_S, ServeConfig, ServePorts, ServeService, Worker
@@ -50,14 +51,47 @@ class HinderedAnswerer(UniformAnswerer):
         return lambda: (*activation(), *failed)
 
 
+class SlowAnswerer(UniformAnswerer):
+    """Takes so long for each record; counts what it is given."""
+
+    def __init__(self, clock: ManualClock, record_s: float) -> None:
+        super().__init__()
+        self.clock, self.record_s = clock, record_s
+        self.batches: list[int] = []
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """See the port."""
+        self.clock.advance(self.record_s * len(requests))
+        self.batches.append(len(requests))
+        return super().answer(requests)
+
+
+class ImpatientSink(MemorySink):
+    """Refuses what was polled longer ago than the group allows, as Kafka does."""
+
+    def __init__(self, broker: MemoryBroker, clock: ManualClock, patience_s: float) -> None:
+        super().__init__(broker)
+        self._clock, self._patience_s, self._began_s = clock, patience_s, clock.monotonic_s()
+
+    def publish(self, messages: Sequence[OutboundMessage], checkpoint: Checkpoint | None = None) -> None:
+        """See the port."""
+        began_s, self._began_s = self._began_s, self._clock.monotonic_s()
+        if self._began_s - began_s > self._patience_s:
+            raise TransactionAborted("the group has moved on")
+        super().publish(messages, checkpoint)
+
+
 def service_of(
-    broker: MemoryBroker, answerer: UniformAnswerer, clock: ManualClock | None = None
+    broker: MemoryBroker,
+    answerer: UniformAnswerer,
+    clock: ManualClock | None = None,
+    sink: MemorySink | None = None,
 ) -> ServeService:
     """A serve loop on a broker."""
     codec, clock = WireCodec(source="/test"), clock or ManualClock()
     ports = ServePorts(
         source=MemorySource(broker, [Topic.REQUESTS]),
-        sink=MemorySink(broker),
+        sink=sink or MemorySink(broker),
         changelog=MemoryChangelog(broker),
         answerer=answerer,
         codec=codec,
@@ -175,3 +209,21 @@ def test_a_registry_that_no_longer_names_a_version_ends_its_retries() -> None:
     clock.advance(1000)
     service.step()
     assert answerer.attempts == 3
+
+
+def test_batches_that_outlive_their_place_in_the_group_become_smaller_until_they_do_not() -> None:
+    """A model of ten seconds a record would answer the same 64 records for ever; a fast one gets all of them again."""
+    broker, clock = MemoryBroker(), ManualClock()
+    answerer = SlowAnswerer(clock, record_s=11.0)
+    service = service_of(broker, answerer, clock, ImpatientSink(broker, clock, patience_s=600.0))
+    for number in range(200):
+        broker.append(Topic.REQUESTS, f"text {number}".encode())
+    for _ in range(6):
+        service.step()
+    assert answerer.batches == [64, 32, 16, 8, 4, 4]
+    assert len(broker.records(Topic.RESULTS)) == 32 + 16 + 8 + 4 + 4
+    answerer.record_s = 0.01
+    for _ in range(6):
+        service.step()
+    assert answerer.batches[6:] == [4, 8, 16, 32, 64, 12]
+    assert len(broker.records(Topic.RESULTS)) == 200
