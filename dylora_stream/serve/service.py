@@ -21,7 +21,7 @@ from typing import Protocol
 
 import structlog
 
-from dylora_stream.core.errors import TransactionAborted
+from dylora_stream.core.errors import BadRecord, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import RawRecord
@@ -197,7 +197,11 @@ class ServeService:
 
     def _note(self, records: list[RawRecord]) -> None:
         for record in records:
-            found = self._ports.codec.decode_registry(record)
+            try:
+                found = self._ports.codec.decode_registry(record)
+            except BadRecord as error:
+                log.warning("manifest_unreadable", position=str(record.position), reason=error.reason)
+                continue
             if found is not None and found.number > self._progress.newest.number:
                 self._progress.newest = found
 

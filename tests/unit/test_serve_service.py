@@ -13,7 +13,7 @@ from dylora_stream.core.ports import Activation, Checkpoint, LoadFailure
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import FIRST_RETRY_S, ServeConfig, ServePorts, ServeService, Worker
-from dylora_stream.stream.codec import decode_event
+from dylora_stream.stream.codec import REGISTRY_KEY, decode_event
 from dylora_stream.stream.wire import WireCodec
 from dylora_stream.testing import ManualClock, UniformAnswerer
 from dylora_stream.testing.stream import MemoryBroker, MemoryChangelog, MemorySink, MemorySource
@@ -144,6 +144,17 @@ def test_registries_that_came_meanwhile_are_passed_over_for_the_newest() -> None
     while service.registry.number < 2:
         service.step()
     assert answerer.registry.number == 2
+
+
+def test_a_registry_that_cannot_be_read_is_passed_over() -> None:
+    """It stays in the topic for as long as nothing replaces it: every worker that starts would end at it."""
+    broker = MemoryBroker()
+    service = service_of(broker, UniformAnswerer())
+    publish_registry(broker)
+    broker.append(Topic.EXPERTS, b'{"experts": "of a later release"}', REGISTRY_KEY)
+    steps_until(service, lambda: service.registry.number == 0)
+    publish_registry(broker)
+    steps_until(service, lambda: service.registry.number == 2)
 
 
 UNREACHABLE = LoadFailure(name="sums/2", reason="the store is not reachable", may_pass=True)
