@@ -1,8 +1,9 @@
 """Requests and feedback, in whatever form users write them.
 
-A request is a JSON object when its value starts with `{`, plain text otherwise; CloudEvents 1.0 are read in both modes
-of the Kafka protocol binding: structured (`application/cloudevents+json`) and binary (`ce_*` headers). What cannot be
-read raises BadRecord with one of these reasons:
+A request is a JSON object when its value starts with `{`, plain text otherwise, or where its content type says
+`text/plain`; CloudEvents 1.0 are read in both modes of the Kafka protocol binding: structured
+(`application/cloudevents+json`) and binary (`ce_*` headers). What cannot be read raises BadRecord with one of these
+reasons:
 
     empty_record  too_large  invalid_utf8  malformed_json  wrong_type  missing_input  empty_input  invalid_tenant
     invalid_choices  too_many_choices  output_not_in_choices       and for feedback: missing_output  missing_target
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 STRUCTURED = "application/cloudevents+json"
+PLAIN = "text/plain"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -108,14 +110,21 @@ def _payload(record: RawRecord, limits: RecordLimits) -> tuple[str | dict[str, A
         )
         if headers.get(name)
     }
-    content_type = headers.get("content-type", b"").decode("ascii", "replace").split(";")[0].strip().lower()
+    content_type = _media_type(headers.get("content-type", b"").decode("ascii", "replace"))
     if content_type == STRUCTURED:
         return _structured(json_object(text_of(record.value)), envelope)
     return _content(record.value, content_type), envelope
 
 
+def _media_type(content_type: str) -> str:
+    """Without its parameters."""
+    return content_type.split(";", maxsplit=1)[0].strip().lower()
+
+
 def _content(value: bytes, content_type: str) -> str | dict[str, Any]:
     text = text_of(value)
+    if content_type == PLAIN:
+        return text
     is_json = content_type == "application/json" or content_type.endswith("+json")
     if text.lstrip().startswith("{") or (is_json and content_type != STRUCTURED):
         return json_object(text)
@@ -137,7 +146,7 @@ def _structured(
             raise BadRecord("malformed_json", "data_base64 is not base64") from error
         if not raw:
             raise BadRecord("empty_record", "the event has no data")
-        return _content(raw, str(event.get("datacontenttype", "")).lower()), found
+        return _content(raw, _media_type(str(event.get("datacontenttype", "")))), found
     if data is None:
         raise BadRecord("empty_record", "the event has no data")
     if not isinstance(data, str | dict):

@@ -120,6 +120,15 @@ def test_what_does_not_start_like_an_object_is_plain_text(text: str) -> None:
     assert (request.input, request.tenant, request.choices) == (text, "default", ())
 
 
+def test_a_line_that_was_sent_as_plain_text_is_plain_text_though_it_looks_like_an_object() -> None:
+    """Log lines may be JSON: `produce --format lines` sends them with the header that says so."""
+    line = '{"level": "warn", "message": "disk full"}'
+    plain = (("content-type", b"Text/Plain; charset=utf-8"),)
+    assert codec.decode_request(raw(line.encode(), plain)).input == line
+    packed = {"data_base64": base64.b64encode(line.encode()).decode(), "datacontenttype": "text/plain; a=b"}
+    assert codec.decode_request(raw(json.dumps(packed).encode(), STRUCTURED)).input == line
+
+
 def test_cloudevents_are_read_in_structured_mode() -> None:
     """The event's id and trace are the request's where the data has none; data may be an object or a text."""
     event: dict[str, object] = {
