@@ -39,6 +39,7 @@ FIRST_WAIT_S = 0.2  # between attempts to reach the broker, doubled each time
 LONGEST_WAIT_S = 5.0
 ATTEMPT_S = 10.0  # one bootstrap of the client
 DEFAULT_PORT = 9092
+WITH_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 Client = TypeVar("Client")
 
@@ -87,14 +88,42 @@ class KafkaConfig:
         for server in self.servers():
             if not server[0] or not 0 < server[1] < 65536:
                 raise SettingsError(f"kafka.bootstrap_servers: {server[0]}:{server[1]} is not host:port")
-        if self.security_protocol.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
-            raise SettingsError(
-                f"{self.security_protocol} needs kafka.sasl_mechanism, sasl_username, sasl_password"
-            )
+        if self.security_protocol.startswith("SASL"):
+            self._check_credentials()
         if self.connect_timeout_s < 0 or self.request_timeout_s <= 1 or self.transaction_timeout_s <= 0:
             raise SettingsError(
                 "kafka: connect_timeout_s ≥ 0, request_timeout_s > 1, transaction_timeout_s > 0"
             )
+
+    def _check_credentials(self) -> None:
+        """The client does not say what it misses, only, after its time-out, that there is no broker."""
+        is_complete = self.sasl_username and (self.sasl_password or self.sasl_mechanism not in WITH_PASSWORD)
+        if not (self.sasl_mechanism and is_complete):
+            raise SettingsError(
+                f"{self.security_protocol} needs kafka.sasl_mechanism, kafka.sasl_username, and the password in "
+                "DYLORA_KAFKA__SASL_PASSWORD"
+            )
+        if self.sasl_mechanism not in (*WITH_PASSWORD, "GSSAPI"):
+            raise SettingsError(
+                f"kafka.sasl_mechanism is {self.sasl_mechanism!r}: use one of {', '.join(WITH_PASSWORD)}"
+            )
+
+    def check_files(self) -> None:
+        """Whether the files of a TLS connection can be read. Raises SettingsError, which names the one that cannot."""
+        if not self.security_protocol.endswith("SSL"):
+            return
+        context, file = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self.ssl_cafile
+        try:
+            if file:
+                context.load_verify_locations(file)
+            file = self.ssl_certfile
+            if file:  # without a password the library would ask for one on the terminal
+                context.load_cert_chain(file, self.ssl_keyfile, self.ssl_password or "")
+        except OSError as error:
+            raise SettingsError(
+                f"{file} cannot be used for TLS ({error}): correct kafka.ssl_cafile, or kafka.ssl_certfile, "
+                "kafka.ssl_keyfile and DYLORA_KAFKA__SSL_PASSWORD; they are PEM files"
+            ) from error
 
     def topic(self, topic: Topic) -> str:
         """The broker's name of a topic."""
@@ -286,7 +315,9 @@ def _refusal(server: tuple[str, int], timeout_s: float) -> OSError | None:
 
 
 def wait_for_broker(config: KafkaConfig, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Return once a bootstrap server accepts a connection; BrokerUnreachable after `connect_timeout_s`."""
+    """Return once a bootstrap server accepts a connection; BrokerUnreachable after `connect_timeout_s`. Raises
+    SettingsError where no client could connect."""
+    config.check_files()
     end, wait = time.monotonic() + config.connect_timeout_s, FIRST_WAIT_S
     while True:
         causes = [_refusal(server, min(ATTEMPT_S, config.request_timeout_s)) for server in config.servers()]

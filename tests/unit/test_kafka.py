@@ -101,6 +101,32 @@ def test_a_wrong_setting_says_which_one(changes: dict[str, object]) -> None:
         KafkaConfig(**({"bootstrap_servers": "h:1"} | changes))  # type: ignore[arg-type]
 
 
+SASL = {
+    "security_protocol": "SASL_SSL",
+    "sasl_mechanism": "PLAIN",
+    "sasl_username": "u",
+    "sasl_password": "p",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sasl_password": None}, "DYLORA_KAFKA__SASL_PASSWORD"),
+        ({"sasl_mechanism": "SCRAM-SHA256"}, "kafka.sasl_mechanism is 'SCRAM-SHA256'.*SCRAM-SHA-256"),
+        ({"ssl_cafile": "missing.pem"}, "missing.pem.*kafka.ssl_cafile"),
+        ({"ssl_cafile": __file__}, "test_kafka.py.*kafka.ssl_cafile"),
+        ({"ssl_certfile": "missing.pem"}, "missing.pem.*kafka.ssl_certfile"),
+    ],
+)
+def test_what_no_client_could_connect_with_is_a_wrong_setting_at_once(
+    changes: dict[str, object], said: str
+) -> None:
+    """The client would say, after a minute, that the broker is not reachable."""
+    with pytest.raises(SettingsError, match=said):
+        wait_for_broker(KafkaConfig(**({"bootstrap_servers": "h:1"} | SASL | changes)))  # type: ignore[arg-type]
+
+
 def test_topics_have_the_prefix_or_a_name_of_their_own() -> None:
     """A user's own topic keeps its name."""
     config = KafkaConfig(bootstrap_servers="h", names={Topic.REQUESTS: "orders"})
