@@ -54,6 +54,7 @@ STALLED_POLLS = 2  # a loop that has not polled for so many times kafka.max_poll
 
 def serve(settings: Settings, *, is_supervised: bool = False) -> None:
     """Answer until told to end. Raises DyloraError."""
+    from dylora_stream.model.backbone import held_bytes
     from dylora_stream.serve.service import ServePorts
     from dylora_stream.serve.sharing import SharedAnswerer
 
@@ -79,6 +80,7 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
             metrics=metrics.text,
             score=lambda text, tenant: answerer.score([text], tenant)[0],
         )
+        metrics.watch("gpu_memory_bytes", "", lambda: held_bytes(backbone.device))
         _open_port(settings, routes, closing, "serve")
         _until_signalled(service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
 

@@ -27,7 +27,7 @@ from dylora_stream.model.process import prepare_process
 
 __all__ = [
     "DEFAULT_TEMPLATE", "IGNORED", "Backbone", "PromptTemplate", "Tokens", "capture_input", "fetch_backbone",
-    "linear_shape", "load_backbone",
+    "held_bytes", "linear_shape", "load_backbone",
 ]  # fmt: skip
 
 IGNORED = -100  # label of a position that is not part of an answer
@@ -275,6 +275,11 @@ def _read(place: Path, dtype: torch.dtype, *, trust: bool) -> tuple[Any, Any]:
             "of its weights"
         )
     return model, tokenizer
+
+
+def held_bytes(device: torch.device) -> int:
+    """GPU memory that torch holds for this process; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

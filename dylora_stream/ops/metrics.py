@@ -95,6 +95,7 @@ class Metrics:
             f"Share answered exactly right among the last {WINDOW_RECORDS} with a right answer",
         )
         self._lag = self._gauge("lag_records", "Records not yet taken, summed over this worker's partitions")
+        self._lag.set(float("nan"))  # not known before the first poll
         self.watch("gpu_memory_bytes", "Memory that torch holds on the GPU; 0 on a CPU", lambda: 0.0)
         self.watch("buffer_age_seconds", "Age of the oldest row that waits for an expert", lambda: 0.0)
 

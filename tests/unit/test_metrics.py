@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from dylora_stream.bootstrap.roles import _health
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.messages import Answer, Novelty, Policy, Position, Request, RoutingWeight
+from dylora_stream.model.backbone import held_bytes
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.stream.kafka import KafkaConfig
 from dylora_stream.testing import ManualClock
@@ -70,6 +72,18 @@ def test_rates_are_not_zero_before_there_is_anything() -> None:
     assert np.isnan(found["dylora_novelty_rate"])
     assert np.isnan(found["dylora_prequential_accuracy"])
     assert found["dylora_registry_number"] == -1
+    assert np.isnan(found["dylora_lag_records"])
+
+
+@pytest.mark.parametrize(("device", "held"), [("cpu", 0), ("cuda", 5)])
+def test_the_memory_of_a_gpu_is_torch_s_own_number(
+    device: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What serve is wired to; on a CPU torch is not even asked."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
+    metrics = Metrics(ManualClock())
+    metrics.watch("gpu_memory_bytes", "", lambda: held_bytes(torch.device(device)))
+    assert shown(metrics)["dylora_gpu_memory_bytes"] == held
 
 
 def test_poll_age_grows_with_the_clock_and_ends_with_a_poll() -> None:
