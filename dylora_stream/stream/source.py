@@ -133,6 +133,7 @@ class KafkaSource:
                 polled = {}
             except CorruptRecordError as error:
                 raise self._unreadable(error) from error
+            self._take_up_join()
             now = self._consumer.group_metadata()
             if now.generation_id < 0 or now.generation_id != group.generation_id:
                 self._generation = UNSETTLED
@@ -193,6 +194,14 @@ class KafkaSource:
             self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
         if is_member:
             self._leave()
+
+    def _take_up_join(self) -> None:
+        """A join that takes longer than a poll is finished by a later one, unless its cause is gone by then, as where a
+        topic's partitions were not known while a broker restarted. Then the client forgets it: it would never beat its
+        heart again, and what its member answers could not be committed once the group has given it up."""
+        coordinator = self._consumer._coordinator  # noqa: SLF001 - the client has no other way to ask for it
+        if coordinator.rebalance_in_progress() and not coordinator.need_rejoin():
+            coordinator.request_rejoin()
 
     # -- settling a generation --
 

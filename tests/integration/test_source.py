@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from kafka.coordinator.base import MemberState
 from kafka.errors import IllegalStateError, KafkaError, KafkaTimeoutError
 
 from dylora_stream.core.messages import OutboundMessage, Topic
@@ -90,3 +91,19 @@ def test_a_rewind_that_fails_is_made_good_before_the_next_record(
     assert math.isnan(source.lag_records())
     source._consumer = consumer
     assert take(source) == [b"0", b"1", b"2"]
+
+
+def test_a_member_whose_join_the_client_forgot_joins_again(source: KafkaSource) -> None:
+    """So it leaves one that was begun for partitions that were not known for a moment, and outlived a poll: its heart
+    does not beat, so that the group gives the member up, and nothing that it answers can be committed."""
+    assert len(take(source)) == 3
+    coordinator = source._consumer._coordinator
+    assert not coordinator.need_rejoin()
+    coordinator.state, coordinator.rejoining = MemberState.REBALANCING, True
+    coordinator._disable_heartbeat()
+    end = time.monotonic() + PATIENCE_S
+    while coordinator.rebalance_in_progress():
+        assert time.monotonic() < end
+        source.poll(10, 0.5)
+    assert coordinator._heartbeat_enabled
+    assert len(take(source)) == 3
