@@ -6,7 +6,6 @@ auto-commit, `read_uncommitted`): all three are set by `consumer_options`.
 Sources: kafka-python 3.0 (consumer/group.py, producer/kafka.py, errors.py).
 """
 
-import os
 import socket
 import ssl
 import time
@@ -161,7 +160,7 @@ def client_options(config: KafkaConfig, role: str) -> dict[str, Any]:
             "sasl_plain_password": config.sasl_password,
         }
     if config.security_protocol.endswith("SSL"):
-        _check_files(config)
+        config.check_files()
         options |= {
             "ssl_cafile": config.ssl_cafile,
             "ssl_certfile": config.ssl_certfile,
@@ -170,16 +169,6 @@ def client_options(config: KafkaConfig, role: str) -> dict[str, Any]:
             "ssl_check_hostname": config.ssl_check_hostname,
         }
     return options
-
-
-def _check_files(config: KafkaConfig) -> None:
-    """The client says of a file that is not there only that it cannot connect."""
-    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-        file = getattr(config, name)
-        if file is not None and not os.access(file, os.R_OK):
-            raise SettingsError(
-                f"kafka.{name} is {file}: there is no such file, or this user may not read it"
-            )
 
 
 def consumer_options(config: KafkaConfig, role: str, *, in_group: bool) -> dict[str, Any]:
