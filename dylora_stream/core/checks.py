@@ -13,7 +13,7 @@ import numpy as np
 
 from dylora_stream.core.statistics import binomial
 
-__all__ = ["CheckConfig", "Verdict", "compare", "held_out", "is_apart", "is_drift"]
+__all__ = ["CheckConfig", "Verdict", "compare", "held_out", "is_apart", "is_drift", "serves_as_well"]
 
 SURELY = 0.01  # chance at which rows that are told apart as wanted are refused
 
@@ -35,7 +35,7 @@ class CheckConfig:
     """Nats a token; the same, by loss."""
     drift_loss: float = 0.1
     """An expert serves rows already when their loss lies at most this far on the way from its own held-out loss to the
-    backbone's loss on these rows, 0..1."""
+    backbone's loss on these rows, 0..1; and from that of an expert of their own, once there is one to compare with."""
     drift_exact: float = 0.25
     """... and its exact share is at most this below its own (two standard errors of 16 rows), and at least one half."""
     drift_experts: int = 3
@@ -98,6 +98,18 @@ def is_drift(
     (loss, exact), (own_loss, own_exact) = found, own
     near = own_loss + config.drift_loss * max(backbone_loss - own_loss, 0.0)
     return loss <= near and exact >= max(own_exact - config.drift_exact, 0.5)
+
+
+def serves_as_well(rival: np.ndarray, own: np.ndarray, backbone: np.ndarray, config: CheckConfig) -> bool:
+    """Whether an expert serves rows as well as one that was trained on their kind does; all are losses (n,) of held-out
+    rows.
+
+    The new one must not be surely better, and the rival not far behind: a few rows of which one is very bad prove
+    little either way. Two experts of one skill cost twice, and share its rows between them.
+    """
+    behind = compare(rival, own, min_t=config.seed_t, min_gain=config.seed_gain)
+    way = max(float(backbone.mean() - own.mean()), 0.0)
+    return not behind.is_better and behind.gain <= config.drift_loss * way
 
 
 def is_apart(share: float, rows: int, config: CheckConfig) -> bool:

@@ -1,8 +1,9 @@
 """One training job, from rows to a verdict.
 
 1 split off held-out rows · 2 are they known to the backbone, or served by an expert (drift)? · 3 can inputs alone tell
-them apart from other experts' rows? · 4 train the adapter · 5 train the router with it · 6 check it on the held-out
-rows, routed as it will be served. A later version of an expert skips 2 and 3 and starts from the served one.
+them apart from other experts' rows? · 4 train the adapter · 5 does it serve them better than the experts asked in 2? ·
+6 train the router with it · 7 check it on the held-out rows, routed as it will be served. A later version of an expert
+skips 2, 3 and 5 and starts from the served one.
 
 There is one training a job: held-out rows stay out of later versions' training too (`core.checks`).
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift
+from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift, serves_as_well
 from dylora_stream.core.errors import RowsUnlearnable, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import RoutingConfig
@@ -139,12 +140,16 @@ class Trial:
             "with": None,
             "heldout": {"rows": len(plan.checking)} | _numbers("backbone", base),
         }
+        near = self._nearest(features) if plan.is_seed else []
         if plan.is_seed:
-            report |= self._known(base) or self._drift(features, base) or self._apart(features)  # 2, 3
+            report |= self._known(base) or self._drift(near, base) or self._apart(features)  # 2, 3
         if "decision" in report:
             return Outcome(report=report, features=features)
         trained = self._train()  # 4
-        lesson, now, new = self._checked(trained.adapter, features, base)  # 5, 6
+        report |= self._served_as_well(near, trained.adapter, base)  # 5
+        if "decision" in report:
+            return Outcome(report=report, features=features)
+        lesson, now, new = self._checked(trained.adapter, features, base)  # 6, 7
         report |= _verdict(plan, base, now, new) | _account(plan, trained, lesson)
         return Outcome(report=report, features=features, adapter=trained.adapter, network=lesson.network)
 
@@ -158,23 +163,38 @@ class Trial:
             "reason": f"the backbone alone answers {exact:.0%} of held-out rows exactly, loss {loss:.3f}",
         }
 
-    def _drift(self, features: np.ndarray, base: RowScores) -> dict[str, Any]:
-        """A decision, when one of the nearest experts serves the rows about as well as its own."""
+    def _nearest(self, features: np.ndarray) -> list[tuple[Rival, RowScores]]:
+        """The experts that inputs alone put nearest, each with the held-out rows as it answers them."""
         plan, own = self._plan, self._own()
         if not own:
-            return {}
+            return []
         discriminant = LinearDiscriminant.fit(self._statistics(own))
         held_out = features[plan.is_held_out, : self._backbone.width]
         tempered = discriminant.posterior(held_out, self._workshop.routing.temperature_dense)
-        for index in np.argsort(-tempered.mean(axis=0))[: plan.check.drift_experts]:
-            rival = own[index]
-            scores = score_rows(self._backbone, plan.checking, rival.expert.adapter)
-            loss, exact = float(scores.losses.mean()), float(scores.is_exact.mean())
-            own_check = rival.own_check
-            if own_check and is_drift((loss, exact), own_check, float(base.losses.mean()), plan.check):
-                reason = f"{rival.expert.name} answers {exact:.0%} of held-out rows exactly, loss {loss:.3f}"
-                return {"decision": "drift", "with": rival.expert.expert_id, "reason": reason}
+        nearest = [own[index] for index in np.argsort(-tempered.mean(axis=0))[: plan.check.drift_experts]]
+        return [(rival, score_rows(self._backbone, plan.checking, rival.expert.adapter)) for rival in nearest]
+
+    def _drift(self, near: Sequence[tuple[Rival, RowScores]], base: RowScores) -> dict[str, Any]:
+        """A decision, when one of the nearest experts serves the rows about as well as its own."""
+        for rival, scores in near:
+            found, own_check = (float(scores.losses.mean()), float(scores.is_exact.mean())), rival.own_check
+            if own_check and is_drift(found, own_check, float(base.losses.mean()), self._plan.check):
+                return _is_served(rival, scores)
         return {}
+
+    def _served_as_well(
+        self, near: Sequence[tuple[Rival, RowScores]], adapter: Adapter, base: RowScores
+    ) -> dict[str, Any]:
+        """A decision, when one of the nearest experts serves the rows as well as the one that was trained on them."""
+        if not near:
+            return {}
+        own = score_rows(self._backbone, self._plan.checking, adapter)
+        rival, scores = min(near, key=lambda pair: float(pair[1].losses.mean()))
+        if not serves_as_well(scores.losses, own.losses, base.losses, self._plan.check):
+            return {}
+        served = _is_served(rival, scores)
+        own_numbers = f"{own.is_exact.mean():.0%}, loss {own.losses.mean():.3f}"
+        return served | {"reason": f"{served['reason']}; an expert of their own {own_numbers}"}
 
     def _apart(self, features: np.ndarray) -> dict[str, Any]:
         """How well the rows are routed apart, leave-one-out; a decision, when that is not enough."""
@@ -244,6 +264,16 @@ class Trial:
             )
             for rival in rivals
         ]
+
+
+def _is_served(rival: Rival, scores: RowScores) -> dict[str, Any]:
+    """The decision that rows are an expert's already."""
+    numbers = f"{scores.is_exact.mean():.0%} of held-out rows exactly, loss {scores.losses.mean():.3f}"
+    return {
+        "decision": "drift",
+        "with": rival.expert.expert_id,
+        "reason": f"{rival.expert.name} answers {numbers}",
+    }
 
 
 def _verdict(plan: TrialPlan, base: RowScores, now: RowScores, new: RowScores) -> dict[str, Any]:

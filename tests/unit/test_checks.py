@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift
+from dylora_stream.core.checks import CheckConfig, compare, held_out, is_apart, is_drift, serves_as_well
 
 TEXTS = [f"row {number}" for number in range(200)]
 
@@ -46,6 +46,18 @@ def test_drift_needs_loss_and_exactness_near_the_expert_s_own() -> None:
     assert not is_drift((0.9, 0.85), (0.2, 0.9), 4.0, config)
     assert not is_drift((0.25, 0.85), (0.2, 0.9), 0.3, config)
     assert not is_drift((0.25, 0.3), (0.2, 0.4), 4.0, config)
+
+
+def test_an_expert_serves_as_well_unless_one_of_the_rows_own_is_surely_better_or_far_ahead() -> None:
+    """One very bad row among ten proves nothing by its t, and is a long way behind all the same."""
+    own, backbone = np.linspace(0.2, 0.6, 10), np.full(10, 8.0)
+    noise = np.array([0.2, -0.2] * 5)
+    assert serves_as_well(own + noise, own, backbone, CheckConfig())
+    assert serves_as_well(own - 0.1, own, backbone, CheckConfig())
+    assert not serves_as_well(own + 0.3, own, backbone, CheckConfig())
+    one_bad = own + np.array([0.0] * 9 + [12.0])
+    assert compare(one_bad, own, min_t=0.0).t < 2
+    assert not serves_as_well(one_bad, own, backbone, CheckConfig())
 
 
 def test_a_wrong_check_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,25 @@ def test_rows_that_an_expert_serves_well_are_called_drift(
     said, folder = play(backbone, tmp_path, job("again", registry=registry(letters)), letter_rows(60, 120))
     report = report_of(said)
     assert (report["decision"], report["with"]) == ("drift", "letters")
+    assert not (folder / "result" / "expert").exists()
+
+
+def test_rows_that_another_expert_serves_as_well_as_their_own_are_drift(
+    backbone: Backbone, letters: Path, tmp_path: Path
+) -> None:
+    """Longer words are told apart from short ones; a second expert that answers them `yes` would add nothing."""
+    elsewhere = tmp_path / "letters"
+    shutil.copytree(letters, elsewhere)
+    (
+        elsewhere / "expert" / "report.json"
+    ).unlink()  # it has no check of its own to be asked by before training
+    words = [first["input"] + then["input"] for first, then in pairwise(letter_rows(60, 121))]
+    rows = [{**row, "input": word} for row, word in zip(letter_rows(60, 120), words, strict=True)]
+    said, folder = play(backbone, tmp_path, job("long", registry=registry(elsewhere)), rows)
+    report = report_of(said)
+    assert (report["decision"], report["with"]) == ("drift", "letters"), report["reason"]
+    assert "an expert of their own" in report["reason"]
+    assert report["routing_loo"] >= 0.9
     assert not (folder / "result" / "expert").exists()
 
 
