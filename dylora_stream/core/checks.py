@@ -100,16 +100,21 @@ def is_drift(
     return loss <= near and exact >= max(own_exact - config.drift_exact, 0.5)
 
 
-def serves_as_well(rival: np.ndarray, own: np.ndarray, backbone: np.ndarray, config: CheckConfig) -> bool:
-    """Whether an expert serves rows as well as one that was trained on their kind does; all are losses (n,) of held-out
-    rows.
+def serves_as_well(
+    rival: tuple[np.ndarray, float], own: tuple[np.ndarray, float], backbone: np.ndarray, config: CheckConfig
+) -> bool:
+    """Whether an expert serves rows as well as one that was trained on their kind: (losses (n,), exact share) each of
+    held-out rows, and the backbone's losses.
 
-    The new one must not be surely better, and the rival not far behind: a few rows of which one is very bad prove
-    little either way. Two experts of one skill cost twice, and share its rows between them.
+    The new one must be better by no more than a later version is asked for, and the rival not far behind in loss or in
+    exact answers: of eight rows one that is very bad proves nothing by its t (a rival with 0.25 exact for 0.75 once
+    passed by that alone). Two experts of one skill cost twice, and share its rows between them.
     """
-    behind = compare(rival, own, min_t=config.seed_t, min_gain=config.seed_gain)
-    way = max(float(backbone.mean() - own.mean()), 0.0)
-    return not behind.is_better and behind.gain <= config.drift_loss * way
+    (losses, exact), (own_losses, own_exact) = rival, own
+    ahead = compare(losses, own_losses, min_t=config.consolidate_t, min_gain=config.seed_gain)
+    way = max(float(backbone.mean() - own_losses.mean()), 0.0)
+    is_near = ahead.gain <= config.drift_loss * way and exact >= own_exact - config.drift_exact
+    return not ahead.is_better and is_near
 
 
 def is_apart(share: float, rows: int, config: CheckConfig) -> bool:

@@ -190,7 +190,8 @@ class Trial:
             return {}
         own = score_rows(self._backbone, self._plan.checking, adapter)
         rival, scores = min(near, key=lambda pair: float(pair[1].losses.mean()))
-        if not serves_as_well(scores.losses, own.losses, base.losses, self._plan.check):
+        two = [(each.losses, float(each.is_exact.mean())) for each in (scores, own)]
+        if not serves_as_well(two[0], two[1], base.losses, self._plan.check):
             return {}
         served = _is_served(rival, scores)
         own_numbers = f"{own.is_exact.mean():.0%}, loss {own.losses.mean():.3f}"

@@ -48,16 +48,17 @@ def test_drift_needs_loss_and_exactness_near_the_expert_s_own() -> None:
     assert not is_drift((0.25, 0.3), (0.2, 0.4), 4.0, config)
 
 
-def test_an_expert_serves_as_well_unless_one_of_the_rows_own_is_surely_better_or_far_ahead() -> None:
+def test_an_expert_serves_as_well_unless_one_of_the_rows_own_is_better_or_far_ahead() -> None:
     """One very bad row among ten proves nothing by its t, and is a long way behind all the same."""
-    own, backbone = np.linspace(0.2, 0.6, 10), np.full(10, 8.0)
+    own, backbone, config = np.linspace(0.2, 0.6, 10), np.full(10, 8.0), CheckConfig()
     noise = np.array([0.2, -0.2] * 5)
-    assert serves_as_well(own + noise, own, backbone, CheckConfig())
-    assert serves_as_well(own - 0.1, own, backbone, CheckConfig())
-    assert not serves_as_well(own + 0.3, own, backbone, CheckConfig())
+    assert serves_as_well((own + noise, 0.7), (own, 0.7), backbone, config)
+    assert serves_as_well((own - 0.1, 0.5), (own, 0.7), backbone, config)
+    assert not serves_as_well((own + 0.3, 0.7), (own, 0.7), backbone, config)
+    assert not serves_as_well((own + noise, 0.25), (own, 0.75), backbone, config)
     one_bad = own + np.array([0.0] * 9 + [12.0])
-    assert compare(one_bad, own, min_t=0.0).t < 2
-    assert not serves_as_well(one_bad, own, backbone, CheckConfig())
+    assert not compare(one_bad, own, min_t=2.0).is_better
+    assert not serves_as_well((one_bad, 0.7), (own, 0.7), backbone, config)
 
 
 def test_a_wrong_check_is_refused() -> None:
