@@ -102,9 +102,7 @@ class Agenda:
         return None
 
     def _consolidation_job(self, registry: Registry) -> JobRequest | None:
-        if (
-            not self._is_full(registry) and self._is_filling()
-        ):  # what nobody knows yet comes before what is known
+        if not self._is_full(registry) and self._is_filling():  # what nobody knows yet comes first
             return None
         for version in registry.experts:
             owned = self._buffers.rows.of_expert(version.expert_id)

@@ -235,9 +235,8 @@ class DuckLedger:
             )
 
     def _upsert(self, table: str, values: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-        for begin in range(
-            0, len(values), ROWS_AT_ONCE
-        ):  # one statement needs memory for all that it inserts
+        """Part by part: one statement needs memory for all that it inserts."""
+        for begin in range(0, len(values), ROWS_AT_ONCE):
             incoming = pa.Table.from_pylist(list(values[begin : begin + ROWS_AT_ONCE]), schema=schema)
             self._db.register("incoming", incoming)
             self._db.execute(f"INSERT OR REPLACE INTO {table} BY NAME SELECT * FROM incoming")  # noqa: S608 - our own names
