@@ -5,6 +5,7 @@ And random adapters for them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -32,23 +33,16 @@ from dylora_stream.model.backbone import Backbone, linear_shape
 
 END = "<|end|>"
 VOCABULARY = 257  # bytes and the end token
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
 
 
 def tiny_llama(folder: Path) -> Path:
     """A Llama of four layers."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=256,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
     return _saved(LlamaForCausalLM, config, folder)
 
 
@@ -73,22 +67,13 @@ def tiny_gpt2(folder: Path) -> Path:
 def tiny_hybrid(folder: Path) -> Path:
     """A Qwen3.5 of four layers: its cache holds convolutions' and recurrent states beside keys and values."""
     config = Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZES,
         head_dim=16,
         layer_types=["linear_attention", "full_attention"] * 2,
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=256,
     )
     return _saved(Qwen3_5ForCausalLM, config, folder)
 
@@ -96,18 +81,9 @@ def tiny_hybrid(folder: Path) -> Path:
 def tiny_gemma2(folder: Path) -> Path:
     """A Gemma 2 of four layers: its logits are capped, and token 0 is for padding."""
     config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZES,
         head_dim=16,
         sliding_window=8,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=256,
         pad_token_id=0,
     )
     return _saved(Gemma2ForCausalLM, config, folder)

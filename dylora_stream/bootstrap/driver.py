@@ -11,7 +11,6 @@ Invariant: nothing leaves the folder it was given; the configured broker, databa
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -21,8 +20,8 @@ from dylora_stream.bootstrap.parts import (
     expert_store,
     load_backbone,
     mixture_answerer,
-    model_path,
     open_ledger,
+    settings_within,
 )
 from dylora_stream.bootstrap.services import child_process, learn_service, serve_service
 from dylora_stream.bootstrap.traffic import HEARD, Heard
@@ -57,7 +56,7 @@ class StreamDriver:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise SettingsError(f"{folder} is not empty: give a new folder, a run begins from nothing")
-        here = _within(settings, folder.absolute())
+        here = settings_within(settings, folder)
         self._closing = ExitStack()
         self._clock, self._broker = ManualClock(), MemoryBroker()
         self._logs = {topic: MemoryChangelog(self._broker, topic) for topic in HEARD}
@@ -97,7 +96,7 @@ class StreamDriver:
             clock=self._clock,
             metrics=Metrics(SystemClock()),
         )
-        service, _ = learn_service(here, ports, self._broker.name(Topic.FEEDBACK))
+        service = learn_service(here, ports, self._broker.name(Topic.FEEDBACK)).service
         service.recover()
         return service
 
@@ -136,18 +135,3 @@ class StreamDriver:
             self._clock.advance(elapsed_ms / 1000)
             self._last_ms = max(timestamp_ms, self._last_ms or 0)
         return self._clock.now_ms()
-
-
-def _within(settings: Settings, folder: Path) -> Settings:
-    """The same settings with all that is written below `folder`, for this process and its child."""
-    changes = {
-        "store.folder": str(folder),
-        "store.experts": "",
-        "model.folder": str(model_path(settings).absolute()),
-    }
-    arguments = [*settings.arguments]
-    for name, value in changes.items():
-        arguments += ["--set", f"{name}={value}"]
-    store = replace(settings.store, folder=folder, experts="")
-    model = replace(settings.model, folder=model_path(settings).absolute())
-    return settings.model_copy(update={"store": store, "model": model}).with_origins({}, arguments)

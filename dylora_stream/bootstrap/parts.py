@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SystemClock", "broker_folder", "check_method", "create_topics", "expert_store", "faiss_index", "fetch_model",
     "instance_of", "kafka_of", "ledger_file", "load_backbone", "mixture_answerer", "model_path", "open_ledger",
-    "router_parts", "statistics_loader", "wire_codec",
+    "router_parts", "settings_within", "statistics_loader", "wire_codec",
 ]  # fmt: skip
 
 EMBEDDED_INSTANCE = "0"
@@ -57,6 +57,18 @@ def model_path(settings: Settings) -> Path:
     from dylora_stream.model.config import model_folder
 
     return model_folder(settings.model, settings.store.folder)
+
+
+def settings_within(settings: Settings, folder: Path) -> Settings:
+    """The same settings with all that is written below `folder`, for this process and its child; the model stays."""
+    folder, model = folder.absolute(), model_path(settings).absolute()
+    changes = {"store.folder": folder, "store.experts": "", "model.folder": model}
+    flags = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    parts = {
+        "store": replace(settings.store, folder=folder, experts=""),
+        "model": replace(settings.model, folder=model),
+    }
+    return settings.model_copy(update=parts).with_origins({}, [*settings.arguments, *flags])
 
 
 def fetch_model(settings: Settings, tell: Callable[[str], None]) -> Path:

@@ -104,18 +104,18 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
             clock=SystemClock(),
             metrics=metrics,
         )
-        service, curator = learn_service(settings, ports, kafka.topic(Topic.FEEDBACK))
+        loop = learn_service(settings, ports, kafka.topic(Topic.FEEDBACK))
         routes = HttpRoutes(
             health=lambda: _health(
-                metrics, kafka, is_ready=service.is_ready, registry=curator.registry.number
+                metrics, kafka, is_ready=loop.service.is_ready, registry=loop.curator.registry.number
             ),
             metrics=metrics.text,
-            stats=curator.summary,
-            retire=service.retire,
+            stats=loop.curator.summary,
+            retire=loop.service.retire,
         )
-        metrics.watch("buffer_age_seconds", "", curator.buffer_age_s)
+        metrics.watch("buffer_age_seconds", "", loop.curator.buffer_age_s)
         _open_port(settings, routes, closing, "learn")
-        _until_signalled(service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
+        _until_signalled(loop.service, settings.serve.drain_deadline_s, is_supervised=is_supervised)
 
 
 def child(settings: Settings) -> None:

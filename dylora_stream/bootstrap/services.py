@@ -5,7 +5,7 @@ Importing this loads neither torch nor a loop; learn's is made without torch.
 
 import sys
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -16,14 +16,24 @@ from dylora_stream.settings import Settings
 if TYPE_CHECKING:
     from dylora_stream.learn.curator import Curator
     from dylora_stream.learn.jobs import ChildProcess
+    from dylora_stream.learn.knowledge import Knowledge
     from dylora_stream.learn.service import LearnPorts, LearnService
     from dylora_stream.learn.training import Training
     from dylora_stream.model.backbone import Backbone
     from dylora_stream.serve.service import ServePorts, ServeService
 
-__all__ = ["child_process", "learn_service", "serve_service"]
+__all__ = ["LearnLoop", "child_process", "learn_service", "serve_service"]
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnLoop:
+    """The learn loop, and what decides in it."""
+
+    service: "LearnService"
+    curator: "Curator"
+    knowledge: "Knowledge"
 
 
 def serve_service(settings: Settings, ports: "ServePorts", backbone: "Backbone") -> "ServeService":
@@ -38,10 +48,8 @@ def serve_service(settings: Settings, ports: "ServePorts", backbone: "Backbone")
     return ServeService(ports, pipeline, settings.serve, worker)
 
 
-def learn_service(
-    settings: Settings, ports: "LearnPorts", feedback_topic: str
-) -> tuple["LearnService", "Curator"]:
-    """The learn loop and its curator, with what the ledger holds; jobs lie in `store.folder`."""
+def learn_service(settings: Settings, ports: "LearnPorts", feedback_topic: str) -> LearnLoop:
+    """The learn loop with what the ledger holds; jobs lie in `store.folder`."""
     from dylora_stream.learn.curator import Curator, CuratorConfig
     from dylora_stream.learn.knowledge import Knowledge
     from dylora_stream.learn.service import LearnFolders, LearnService
@@ -59,7 +67,8 @@ def learn_service(
         reference=home / f"reference-{training.feature_space}.safetensors",  # it belongs to one feature space
         feedback_topic=feedback_topic,
     )
-    return LearnService(ports, curator, settings.learn, training, folders), curator
+    service = LearnService(ports, curator, settings.learn, training, folders)
+    return LearnLoop(service, curator, knowledge)
 
 
 def child_process(settings: Settings) -> "ChildProcess":

@@ -97,9 +97,7 @@ def record(
 
     records = recorded(settings_from(config, assignments, bootstrap), topic, follow=follow)
     try:
-        out = file.open(
-            "x", encoding="utf-8", buffering=1 if follow else -1
-        )  # what comes is there to be read
+        out = file.open("x", encoding="utf-8", buffering=1 if follow else -1)
     except FileExistsError as error:
         raise DyloraError(f"{file} exists already: give another name, or remove it first") from error
     except OSError as error:
@@ -199,7 +197,8 @@ def _send(records: Iterable[FileRecord], total: int, settings: "Settings") -> No
     except BaseException:
         if sent:
             typer.echo(
-                f"stopped after {sent} records: they are sent, and a second run sends them again", err=True
+                f"stopped after {sent} records: they may be on the broker, and a second run sends them again",
+                err=True,
             )
         raise
     typer.echo(f"{sent} records sent")

@@ -27,7 +27,7 @@ from dylora_stream.ops.files import FileRecord, ReadOptions, count_rows, read_re
 from dylora_stream.settings import Settings
 from dylora_stream.stream.incoming import decode_request
 
-__all__ = ["Answerer", "Protocol", "RehearsalConfig", "rehearse"]
+__all__ = ["Answered", "Rehearsal", "RehearsalConfig", "rehearse"]
 
 BACKBONE = "backbone"
 
@@ -46,8 +46,8 @@ class RehearsalConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class Answerer:
-    """An expert, or the backbone, and what it answered."""
+class Answered:
+    """What an expert, or the backbone, answered."""
 
     name: str
     since: int
@@ -63,11 +63,11 @@ class Answerer:
 
 
 @dataclass(slots=True)
-class Protocol:
+class Rehearsal:
     """What was played and what came of it."""
 
     answers: list[str | None] = field(default_factory=list)  # the right one of each record, where it says it
-    answerers: dict[str, Answerer] = field(default_factory=dict)
+    answerers: dict[str, Answered] = field(default_factory=dict)
     answered: int = 0
     novel: int = 0
     dead_letters: int = 0
@@ -85,7 +85,7 @@ class Protocol:
         for result in heard.results:
             number = Position.parse(result.position).offset
             name = result.expert or BACKBONE
-            by = self.answerers.setdefault(name, Answerer(name=name, since=number + 1))
+            by = self.answerers.setdefault(name, Answered(name=name, since=number + 1))
             self.answered += 1
             self.novel += result.novel
             by.records += 1
@@ -116,20 +116,20 @@ class Protocol:
 
 def rehearse(config: RehearsalConfig, settings: Settings, console: Console) -> None:
     """Play the file and tell what came of it; after Ctrl-C, of what was played until then. Raises DyloraError."""
-    protocol = Protocol()
+    rehearsal = Rehearsal()
     try:
         with _folder(config.keep) as folder, _progress(console) as progress:
             task = progress.add_task("answering", total=count_rows(config.file, config.options))
             with StreamDriver(settings, folder) as driver:
                 rows = read_records(config.file, config.options)
                 while records := list(islice(rows, config.batch)):
-                    protocol.send(records)
+                    rehearsal.send(records)
                     heard = driver.play(records)
-                    protocol.hear(heard)
-                    _tell(heard, len(protocol.answers), progress.console)
+                    rehearsal.hear(heard)
+                    _tell(heard, len(rehearsal.answers), progress.console)
                     progress.advance(task, len(records))
     finally:
-        _conclude(config, protocol, console)
+        _conclude(config, rehearsal, console)
 
 
 def _tell(heard: Heard, played: int, console: Console) -> None:
@@ -138,26 +138,26 @@ def _tell(heard: Heard, played: int, console: Console) -> None:
             console.print(f"[{played:>6} played] {line}", highlight=False, markup=False)
 
 
-def _conclude(config: RehearsalConfig, protocol: Protocol, console: Console) -> None:
-    if not protocol.answers:
+def _conclude(config: RehearsalConfig, rehearsal: Rehearsal, console: Console) -> None:
+    if not rehearsal.answers:
         return
     console.print(
-        _answerers_table(list(protocol.answerers.values())),
-        totals_table("Records", protocol.totals()),
-        totals_table("Experts", protocol.experts()),
+        _answerers_table(list(rehearsal.answerers.values())),
+        totals_table("Records", rehearsal.totals()),
+        totals_table("Experts", rehearsal.experts()),
     )
     if config.keep is not None:
         console.print(f"Database, jobs and experts of this run: {config.keep}")
     if config.report is not None:
-        answerers = [asdict(each) | {"accuracy": each.accuracy} for each in protocol.answerers.values()]
+        answerers = [asdict(each) | {"accuracy": each.accuracy} for each in rehearsal.answerers.values()]
         document = {
-            "answerers": answerers, "records": protocol.totals(), "experts": protocol.experts()
+            "answerers": answerers, "records": rehearsal.totals(), "experts": rehearsal.experts()
         }  # fmt: skip
         config.report.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         console.print(f"Report: {config.report}")
 
 
-def _answerers_table(answerers: Sequence[Answerer]) -> Table:
+def _answerers_table(answerers: Sequence[Answered]) -> Table:
     """For people, within 80 columns."""
     table = Table(
         title="Who answered, and how well",

@@ -43,10 +43,11 @@ from dylora_stream.store.records import (
     version_values,
 )
 
-__all__ = ["DatabaseConfig", "DuckLedger"]
+__all__ = ["DatabaseConfig", "DuckLedger", "database_errors"]
 
 SCHEMA_VERSION = 2
 UPGRADED_FROM = 1  # by upgrade.sql
+INTERRUPTED = "Query interrupted"
 ROWS_AT_ONCE = 1024  # read or written; of a backbone of width 2048 they take 48 MB
 WITHOUT_IT = (
     "the samples topic rebuilds the rows and the experts stay in service; only this file knows which rows they were "
@@ -120,6 +121,10 @@ def database_errors(path: Path) -> Iterator[None]:
                 f"again: {WITHOUT_IT}"
             ) from error
         raise StoreError(f"{path}: {text}") from error
+    except RuntimeError as error:  # it looks for signals while a statement runs, and says of Ctrl-C only this
+        if str(error) == INTERRUPTED:
+            raise KeyboardInterrupt from error
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFull(

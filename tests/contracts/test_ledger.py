@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from dylora_stream.core.ledger import (
     RowState,
 )
 from dylora_stream.core.messages import Feedback, OutboundMessage, Position, Topic
-from dylora_stream.store.database import DatabaseConfig, DuckLedger
+from dylora_stream.store.database import DatabaseConfig, DuckLedger, database_errors
 from dylora_stream.testing import MemoryLedger
 
 Reload = Callable[[Ledger], Ledger]
@@ -528,6 +529,18 @@ def test_more_rows_than_duckdb_may_take_at_once_are_loaded_and_committed(tmp_pat
     ledger.commit(Changes(rows={each.position: replace(each, state=RowState.SETTLED) for each in rows}))
     assert ledger.summary().rows == {"settled": 12_000}
     ledger.close()
+
+
+def test_ctrl_c_within_a_statement_is_ctrl_c(tmp_path: Path) -> None:
+    """DuckDB turns it into an error of its own, which a command would show as a traceback."""
+
+    def run_for_long() -> None:
+        with duckdb.connect() as db, database_errors(tmp_path):
+            db.execute("SELECT sum(random()) FROM range(5_000_000_000)")
+
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_for_long()
 
 
 @pytest.mark.parametrize("limit", ["512", "much", "5XB"])

@@ -25,9 +25,10 @@ from dylora_stream.bench.novelty.script import (
     script_of,
 )
 from dylora_stream.bench.novelty.tally import tally
-from dylora_stream.bench.novelty.trained import Scored, Trained, families, likelihood_ratings
+from dylora_stream.bench.novelty.trained import Trained, families, likelihood_ratings
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.model.features import LabelledText
+from dylora_stream.model.training import RowScores
 
 
 def rows(name: str, count: int) -> ReadRows:
@@ -229,9 +230,9 @@ def trained_of(right: Mapping[tuple[str, str], int], common: Mapping[str, int]) 
     def first(count: int) -> np.ndarray:
         return np.arange(40) < count
 
-    def scored(expert: str | None, task: str) -> Scored:
+    def scored(expert: str | None, task: str) -> RowScores:
         count = 0 if expert is None else right.get((expert, task), 0)
-        return Scored(losses=np.full(40, 2.0 - (count > 0), dtype=np.float32), is_exact=first(count))
+        return RowScores(losses=np.full(40, 2.0 - (count > 0), dtype=np.float32), is_exact=first(count))
 
     return Trained(
         scores={expert: {task: scored(expert, task) for task in common} for expert in (None, *common)},

@@ -11,7 +11,7 @@ is; what no expert knows gets no answer.
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ import torch
 from dylora_stream.bench.continual.workbench import Tell
 from dylora_stream.bench.novelty.child import Finished, StreamChild, Train, by_heart
 from dylora_stream.bench.novelty.script import Script
-from dylora_stream.bootstrap.parts import faiss_index, router_parts, statistics_loader
+from dylora_stream.bootstrap.parts import expert_store, router_parts, settings_within
+from dylora_stream.bootstrap.services import learn_service
 from dylora_stream.core.durable import put_in_place
 from dylora_stream.core.events import EventType
 from dylora_stream.core.ledger import Changes, LedgerRow, RowState
@@ -32,17 +33,13 @@ from dylora_stream.core.messages import (
     SampleReason,
     Topic,
 )
-from dylora_stream.learn.curator import Curator, CuratorConfig
-from dylora_stream.learn.knowledge import Knowledge
-from dylora_stream.learn.service import LearnFolders, LearnPorts, LearnService
-from dylora_stream.learn.training import Training
+from dylora_stream.learn.service import LearnPorts
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import feature_space
 from dylora_stream.model.jobs import run_job
 from dylora_stream.model.reference import write_reference
 from dylora_stream.model.trial import Workshop
 from dylora_stream.settings import Settings
-from dylora_stream.store.experts import FolderStore
 from dylora_stream.stream.wire import WireCodec
 from dylora_stream.testing import (
     ManualClock,
@@ -125,12 +122,9 @@ class StreamLearner:
         self._codec = WireCodec(source="/dylora/bench")
         self.child = StreamChild(script.rows, settings.check, backbone.width, train)
         folder.mkdir(parents=True, exist_ok=True)
-        store = FolderStore(str((folder / "experts").absolute()), folder / "cache")
-        self._knowledge = knowledge = Knowledge(statistics_loader(store), faiss_index(), settings.novelty)
-        rules = CuratorConfig(
-            lifecycle=settings.lifecycle, clustering=settings.clustering, slots=settings.pool.slots
-        )
-        self.curator = Curator(self.ledger.load(), knowledge, self._codec, self._clock, rules)
+        here = settings_within(settings, folder)
+        here = here.model_copy(update={"learn": replace(here.learn, threads=torch.get_num_threads())})
+        write_reference(backbone, folder / f"reference-{self._space}.safetensors")
         topics = (Topic.SAMPLES, Topic.FEEDBACK)
         ports = LearnPorts(
             source=MemorySource(self._broker, topics, group="learn", own=self.ledger),
@@ -138,18 +132,18 @@ class StreamLearner:
             experts=MemoryChangelog(self._broker),
             ledger=self.ledger,
             child=self.child,
-            store=store,
+            store=expert_store(here),
             codec=self._codec,
             clock=self._clock,
             metrics=Quiet(),
         )
-        reference = folder / f"reference-{self._space}.safetensors"
-        write_reference(backbone, reference)
-        feedback = self._broker.name(Topic.FEEDBACK)
-        folders = LearnFolders(jobs=folder / "jobs", reference=reference, feedback_topic=feedback)
-        config = replace(settings.learn, threads=torch.get_num_threads())
-        self._service = LearnService(ports, self.curator, config, _training(settings, backbone), folders)
-        self._service.recover()
+        self._loop = learn_service(here, ports, self._broker.name(Topic.FEEDBACK))
+        self._loop.service.recover()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Those that live."""
+        return tuple(version.expert_id for version in self._loop.curator.registry.experts)
 
     def feed(self, numbers: Sequence[int]) -> None:
         """These records of the script, and every job that they are reason for."""
@@ -163,7 +157,7 @@ class StreamLearner:
         submitted = -1
         while submitted != self.child.submitted or not self.child.is_idle:
             submitted = self.child.submitted
-            self._service.step()
+            self._loop.service.step()
 
     def owners(self, count: int) -> tuple[str | None, ...]:
         """The expert that has each of the first `count` records; None: nobody."""
@@ -175,9 +169,9 @@ class StreamLearner:
         asked = self._script.rows.take(self._script.lines[list(numbers)])
         answered: list[tuple[str | None, str]] = []
         for match, features in zip(
-            self._knowledge.match(DEFAULT_TENANT, asked.features), asked.features, strict=True
+            self._loop.knowledge.match(DEFAULT_TENANT, asked.features), asked.features, strict=True
         ):
-            if match.nearest is None or not self._knowledge.is_known(match):
+            if match.nearest is None or not self._loop.knowledge.is_known(match):
                 answered.append((None, ""))
                 continue
             taught = self.child.taught[match.nearest]
@@ -212,7 +206,7 @@ def play(learner: StreamLearner, script: Script, tell: Tell) -> Played:
     finished: list[tuple[int, Finished]] = []
     snapshots: list[tuple[str | None, ...]] = []
     for start in range(0, len(script), BATCH):
-        tell(f"stream: {len(learner.curator.registry.experts)} experts", start, len(script))
+        tell(f"stream: {len(learner.experts)} experts", start, len(script))
         end = min(start + BATCH, len(script))
         learner.feed(range(start, end))
         finished += [(end, job) for job in learner.child.finished[len(finished) :]]
@@ -223,7 +217,7 @@ def play(learner: StreamLearner, script: Script, tell: Tell) -> Played:
         owners=learner.owners(len(script)),
         was_known=tuple(learner.ledger.first.get(position) is RowState.ASSIGNED for position in positions),
         finished=tuple(finished),
-        experts=tuple(version.expert_id for version in learner.curator.registry.experts),
+        experts=learner.experts,
         numbers={position: number for number, position in enumerate(positions)},
         snapshots=tuple(snapshots),
     )
@@ -247,15 +241,3 @@ def trainer(settings: Settings, backbone: Backbone, tell: Tell, kept: Path) -> T
         return result
 
     return train
-
-
-def _training(settings: Settings, backbone: Backbone) -> Training:
-    return Training(
-        seeding=settings.seeding,
-        consolidation=settings.consolidation,
-        check=asdict(settings.check),
-        backbone=backbone.digest,
-        feature_space=feature_space(backbone),
-        prompt_template=backbone.template.text,
-        rank=settings.pool.rank,
-    )

@@ -27,25 +27,17 @@ from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.training import RowScores, TrainingOptions, score_rows, train_expert
 
-__all__ = ["LIKELIHOOD", "Scored", "Trained", "families", "likelihood_ratings", "score_all"]
+__all__ = ["LIKELIHOOD", "Trained", "families", "likelihood_ratings", "score_all"]
 
 LIKELIHOOD = "likelihood"  # its name among the scorers
 CHANCE = 0.025  # of a sign test, one side: the end of a two-sided interval of 95 %
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """Test rows of one task under one expert or the backbone. losses: (n,) float32 a token, is_exact: (n,) bool."""
-
-    losses: np.ndarray
-    is_exact: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """Every task's test rows by who scored them: the expert of a task, or None for the backbone."""
 
-    scores: Mapping[str | None, Mapping[str, Scored]]
+    scores: Mapping[str | None, Mapping[str, RowScores]]
     common: Mapping[str, np.ndarray]
     """(n,) bool by task: whether a row's answer is the commonest one of the task's training rows."""
 
@@ -56,7 +48,7 @@ class Trained:
 
 def score_all(ground: Ground, backbone: Backbone, recipe: Recipe, store: Store) -> Trained:
     """Train what is not in the store yet, and score. Raises TrainingFailed."""
-    scores: dict[str | None, dict[str, Scored]] = {}
+    scores: dict[str | None, dict[str, RowScores]] = {}
     for number, expert in enumerate((None, *ground.tasks)):
         ground.tell(f"training and scoring: {expert or 'the backbone'}", number, 1 + len(ground.tasks))
         rows = () if expert is None else ground.tasks[expert].train.texts
@@ -109,10 +101,10 @@ def _scored(ground: Ground, backbone: Backbone, recipe: Recipe, rows: Sequence[L
     return score_rows(backbone, texts, adapter)
 
 
-def _by_task(tasks: Mapping[str, ReadTask], losses: np.ndarray, is_exact: np.ndarray) -> dict[str, Scored]:
+def _by_task(tasks: Mapping[str, ReadTask], losses: np.ndarray, is_exact: np.ndarray) -> dict[str, RowScores]:
     ends = np.cumsum([len(task.test) for task in tasks.values()])[:-1]
     parts = zip(tasks, np.split(losses, ends), np.split(is_exact, ends), strict=True)
-    return {name: Scored(losses=own, is_exact=exact) for name, own, exact in parts}
+    return {name: RowScores(losses=own, is_exact=exact) for name, own, exact in parts}
 
 
 def _common(task: ReadTask) -> np.ndarray:
