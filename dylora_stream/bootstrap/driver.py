@@ -33,7 +33,14 @@ from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.service import ServePorts
 from dylora_stream.settings import Settings
 from dylora_stream.stream.wire import WireCodec
-from dylora_stream.testing import ManualClock, MemoryBroker, MemoryChangelog, MemorySink, MemorySource
+from dylora_stream.testing import (
+    ManualClock,
+    MemoryBroker,
+    MemoryChangelog,
+    MemoryJournal,
+    MemorySink,
+    MemorySource,
+)
 
 __all__ = ["StreamDriver"]
 
@@ -77,6 +84,7 @@ class StreamDriver:
                 codec=codec,
                 clock=self._clock,
                 metrics=Metrics(SystemClock()),
+                journal=MemoryJournal(),
             ),
             backbone,
         )

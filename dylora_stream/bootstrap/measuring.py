@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dylora_stream.bootstrap.parts import SystemClock, expert_store, kafka_of, model_path, router_parts
@@ -15,6 +16,7 @@ from dylora_stream.ops.metrics import Metrics
 from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import ServePorts, ServeService, Worker
 from dylora_stream.settings import Settings
+from dylora_stream.store.journal import FileJournal
 from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.sink import KafkaSink
 from dylora_stream.stream.source import KafkaSource
@@ -77,6 +79,7 @@ def serve_through(settings: Settings, answerer: Answerer, records: int, group: s
             codec=codec,
             clock=clock,
             metrics=Metrics(clock),
+            journal=FileJournal(Path(closing.enter_context(TemporaryDirectory())) / "in-hand"),
         )
         pipeline = Pipeline(metered, codec, clock, PipelineConfig(sample_share=settings.serve.sample_share))
         worker = Worker(model="bench", feature_space="bench", boot=group)

@@ -38,6 +38,7 @@ from dylora_stream.ops.metrics import Metrics
 from dylora_stream.ops.supervisor import Role, Supervisor
 from dylora_stream.settings import Settings
 from dylora_stream.store.identity import Identity, check_folder, claim_identity
+from dylora_stream.store.journal import FileJournal
 from dylora_stream.stream.broker import EmbeddedIds
 from dylora_stream.stream.changelog import KafkaChangelog
 from dylora_stream.stream.kafka import KafkaConfig, wait_for_broker
@@ -71,6 +72,7 @@ def serve(settings: Settings, *, is_supervised: bool = False) -> None:
             codec=wire_codec(settings, identity.name),
             clock=SystemClock(),
             metrics=metrics,
+            journal=FileJournal(settings.store.folder / f"{identity.name}.in-hand"),
         )
         service = serve_service(settings, ports, backbone)
         routes = HttpRoutes(

@@ -21,8 +21,9 @@ from dylora_stream.core.messages import (
 )
 
 __all__ = [
-    "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "ExpertStore",
-    "IndexFactory", "JobUpdate", "LoadFailure", "OwnPositions", "Partition", "Sink", "Source", "VectorIndex",
+    "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "CrashJournal",
+    "ExpertStore", "IndexFactory", "JobUpdate", "LoadFailure", "OwnPositions", "Partition", "Sink", "Source",
+    "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
@@ -163,6 +164,17 @@ class Clock(Protocol):
 
     def monotonic_s(self) -> float:
         """Never goes back, seconds."""
+
+
+class CrashJournal(Protocol):
+    """A short text that outlives the process however it ends: what it was doing."""
+
+    def read(self) -> str:
+        """What was written last, by this process or the one before; empty without it. Never raises."""
+
+    def write(self, text: str) -> None:
+        """Instead of what was written before; it need not survive the machine. Never raises: where it cannot be
+        written, nothing is remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

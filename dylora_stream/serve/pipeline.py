@@ -29,6 +29,7 @@ __all__ = ["Outcome", "Pipeline", "PipelineConfig", "Serving"]
 
 HASH_RANGE = 2**32
 UNANSWERABLE = "unanswerable"  # a dead letter's reason: the model raised
+POISON = "poison"  # ... or the process ended
 PLAIN_INPUT = "a plain text"  # any model that works has an answer to it
 
 
@@ -62,6 +63,12 @@ class Outcome:
     answers: list[tuple[Request, Answer]] = field(default_factory=list)
     dead_letters: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: "Outcome") -> None:
+        """What came of later records of the batch."""
+        self.messages += other.messages
+        self.answers += other.answers
+        self.dead_letters += other.dead_letters
+
 
 class Pipeline:
     """Decode, answer, and say what to publish."""
@@ -83,6 +90,13 @@ class Pipeline:
         for request, answer in answered:
             outcome.answers.append((request, answer))
             outcome.messages.extend(self._messages(request, answer, serving, latency_ms))
+        return outcome
+
+    def bury_poison(self, record: RawRecord, ends: int) -> Outcome:
+        """A record that is not tried again: so many processes ended while they answered it."""
+        outcome = Outcome()
+        error = BadRecord(POISON, f"{ends} processes ended while they answered this record", stage="answer")
+        self._bury(record, error, outcome, attempts=ends)
         return outcome
 
     def _decode(self, record: RawRecord, outcome: Outcome) -> Request | None:
@@ -130,8 +144,10 @@ class Pipeline:
                 "then start again; no record was lost"
             ) from error
 
-    def _bury(self, record: RawRecord, error: BadRecord, outcome: Outcome) -> None:
-        letter = DeadLetter(record=record, stage=error.stage, reason=error.reason, message=str(error))
+    def _bury(self, record: RawRecord, error: BadRecord, outcome: Outcome, attempts: int = 1) -> None:
+        letter = DeadLetter(
+            record=record, stage=error.stage, reason=error.reason, message=str(error), attempts=attempts
+        )
         outcome.messages.append(self._codec.encode_dead_letter(letter))
         outcome.dead_letters[error.reason] += 1
 

@@ -25,8 +25,19 @@ from dylora_stream.core.errors import BadRecord, TransactionAborted
 from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import RawRecord
-from dylora_stream.core.ports import Activation, Answerer, Changelog, Clock, Codec, LoadFailure, Sink, Source
+from dylora_stream.core.ports import (
+    Activation,
+    Answerer,
+    Changelog,
+    Clock,
+    Codec,
+    CrashJournal,
+    LoadFailure,
+    Sink,
+    Source,
+)
 from dylora_stream.serve.pipeline import Outcome, Pipeline, Serving
+from dylora_stream.serve.poison import MOST_ENDS, PoisonGuard
 
 __all__ = ["ServeConfig", "ServeMetrics", "ServePorts", "ServeService", "Worker"]
 
@@ -85,6 +96,7 @@ class ServePorts:
     codec: Codec
     clock: Clock
     metrics: ServeMetrics
+    journal: CrashJournal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +130,7 @@ class ServeService:
         self._config = config
         self._worker = worker
         self._progress = _Progress(batch_records=config.batch_records)
+        self._guard = PoisonGuard(ports.journal)
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
 
     @property
@@ -171,7 +184,7 @@ class ServeService:
             registry_number=self.registry.number,
             feature_space=self._worker.feature_space,
         )
-        outcome = self._pipeline.answer(batch.records, serving)
+        outcome = self._answer(batch.records, serving)
         self._measure(len(batch.records), self._ports.clock.monotonic_s() - started_s)
         try:
             self._ports.sink.publish(outcome.messages, batch.checkpoint)
@@ -180,12 +193,25 @@ class ServeService:
             self._ports.metrics.aborted()
             self._ports.source.rewind()
             return 0
+        self._guard.settled(batch.records)
         self._ports.metrics.answered(outcome, self._ports.clock.monotonic_s() - started_s)
         for reason, count in outcome.dead_letters.items():
             log.warning(
                 "dead_lettered", reason=reason, records=count, position=str(batch.records[0].position)
             )
         return len(batch.records)
+
+    def _answer(self, records: Sequence[RawRecord], serving: Serving) -> Outcome:
+        """All at once, but for those during which an earlier process may have ended."""
+        outcome = Outcome()
+        for part in self._guard.parts(records):
+            ends = self._guard.ends(part[0])
+            if ends >= MOST_ENDS:
+                outcome.add(self._pipeline.bury_poison(part[0], ends))
+                continue
+            with self._guard.holding(part):
+                outcome.add(self._pipeline.answer(part, serving))
+        return outcome
 
     def _measure(self, records: int, took_s: float) -> None:
         """How many records the next batch may have."""

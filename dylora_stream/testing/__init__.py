@@ -5,9 +5,16 @@ One contract suite (tests/contracts) runs over these and over the real implement
 
 from dylora_stream.testing.learning import MemoryExpertStore, MemoryLedger, ScriptedChild
 from dylora_stream.testing.model import MemoryIndex, UniformAnswerer
-from dylora_stream.testing.stream import ManualClock, MemoryBroker, MemoryChangelog, MemorySink, MemorySource
+from dylora_stream.testing.stream import (
+    ManualClock,
+    MemoryBroker,
+    MemoryChangelog,
+    MemoryJournal,
+    MemorySink,
+    MemorySource,
+)
 
 __all__ = [
-    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryIndex", "MemoryLedger", "MemorySink",
-    "MemorySource", "ScriptedChild", "UniformAnswerer",
+    "ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryExpertStore", "MemoryIndex", "MemoryJournal",
+    "MemoryLedger", "MemorySink", "MemorySource", "ScriptedChild", "UniformAnswerer",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from dylora_stream.core.messages import (
 )
 from dylora_stream.core.ports import Batch, Checkpoint, OwnPositions, Partition
 
-__all__ = ["ManualClock", "MemoryBroker", "MemoryChangelog", "MemorySink", "MemorySource"]
+__all__ = ["ManualClock", "MemoryBroker", "MemoryChangelog", "MemoryJournal", "MemorySink", "MemorySource"]
 
 DEFAULT_PREFIX = "dylora."
 
@@ -41,6 +41,24 @@ class ManualClock:
         if seconds < 0:
             raise ValueError("time does not go back")
         self._elapsed_ms += round(seconds * 1000)
+
+
+# ---- journal ----
+
+
+@dataclass(slots=True)
+class MemoryJournal:
+    """What a process that was never ended was doing (core.ports.CrashJournal)."""
+
+    text: str = ""
+
+    def read(self) -> str:
+        """See the port."""
+        return self.text
+
+    def write(self, text: str) -> None:
+        """See the port."""
+        self.text = text
 
 
 # ---- broker ----

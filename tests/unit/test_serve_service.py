@@ -15,7 +15,7 @@ from dylora_stream.serve.pipeline import Pipeline, PipelineConfig
 from dylora_stream.serve.service import FIRST_RETRY_S, ServeConfig, ServePorts, ServeService, Worker
 from dylora_stream.stream.codec import REGISTRY_KEY, decode_event
 from dylora_stream.stream.wire import WireCodec
-from dylora_stream.testing import ManualClock, UniformAnswerer
+from dylora_stream.testing import ManualClock, MemoryJournal, UniformAnswerer
 from dylora_stream.testing.stream import MemoryBroker, MemoryChangelog, MemorySink, MemorySource
 
 DEADLINE_S = 20.0  # of what another thread does at once
@@ -86,6 +86,7 @@ def service_of(
     answerer: UniformAnswerer,
     clock: ManualClock | None = None,
     sink: MemorySink | None = None,
+    journal: MemoryJournal | None = None,
 ) -> ServeService:
     """A serve loop on a broker."""
     codec, clock = WireCodec(source="/test"), clock or ManualClock()
@@ -97,6 +98,7 @@ def service_of(
         codec=codec,
         clock=clock,
         metrics=Metrics(clock),
+        journal=journal or MemoryJournal(),
     )
     worker = Worker(model="tiny", feature_space="space", boot="1")
     return ServeService(ports, Pipeline(answerer, codec, clock, PipelineConfig()), ServeConfig(), worker)
