@@ -30,16 +30,18 @@ FLOOD_ROWS = 16  # rows of one kind within one ordinary interval between records
 @dataclass(slots=True)
 class Together:
     """Pairs of neighbours between groups, (g, g) float64 each: `before`, found with the line's group first; `expected`,
-    in either order. Sums under merging."""
+    in either order. `arrivals`: (g,) of each group's on the timeline. Sums under merging."""
 
     before: np.ndarray
     expected: np.ndarray
+    arrivals: np.ndarray
 
     def merge(self, into: int, other: int) -> None:
         """Group `other` is a part of `into` from now on; its own line and column lose their meaning."""
         for table in (self.before, self.expected):
             table[into] += table[other]
             table[:, into] += table[:, other]
+        self.arrivals[into] += self.arrivals[other]
 
     def verdicts(self, group: int) -> np.ndarray:
         """(g,) int64: 1 comes together with this group, -1 comes apart from it, 0 the timeline cannot say."""
@@ -103,7 +105,7 @@ class Timeline:
         near = np.minimum(known, NEIGHBOURS) + np.minimum(total - 1 - known, NEIGHBOURS)
         sizes = np.bincount(labels[known], minlength=count)
         expected = np.outer(np.bincount(labels[known], near, count), sizes / max(total - 1, 1))
-        return Together(before, (expected + expected.T) / 2.0)
+        return Together(before, (expected + expected.T) / 2.0, sizes)
 
 
 def floods(times_ms: np.ndarray, groups: np.ndarray, interval_ms: float) -> np.ndarray:

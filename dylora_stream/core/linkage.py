@@ -15,7 +15,8 @@ from dylora_stream.core.arrivals import Together
 
 __all__ = ["FEWEST_ROWS", "Groups", "MergeRules", "average_linkage", "merge_groups"]
 
-FEWEST_ROWS = 3  # of a group that the timeline can say something about
+FEWEST_ROWS = 3  # of a group that the timeline can say something about,
+OFTEN = 8  # ... or arrivals: a text that comes again and again is one row
 RATIO_ROWS = 4  # ... whose own similarity can be told
 LEAST_COHESION = 0.05
 
@@ -86,15 +87,17 @@ class Groups:
         return np.where(pairs > 0, self._pairs / np.maximum(pairs, 1.0), 1.0)
 
     def verdicts(self, group: int) -> np.ndarray:
-        """(g,) what the timeline says of this group and the others; it says nothing of groups of few rows.
+        """(g,) what the timeline says of this group and the others; it says nothing of groups of few rows
+        that came seldom.
 
         Nor does it say that a group is an expert's which only follows the expert's rows: so does every new skill, and
         joining is for good.
         """
-        told = np.where(self.sizes >= FEWEST_ROWS, self.together.verdicts(group), 0)
+        can_tell = (self.sizes >= FEWEST_ROWS) | (self.together.arrivals >= OFTEN)
+        told = np.where(can_tell, self.together.verdicts(group), 0)
         follows = (self.is_fixed != self.is_fixed[group]) & ~self.together.is_amid(group)
         told[follows & (told > 0)] = 0
-        return told if self.sizes[group] >= FEWEST_ROWS else np.zeros_like(told)
+        return told if can_tell[group] else np.zeros_like(told)
 
     def scores(self, group: int, rules: MergeRules) -> np.ndarray:
         """(g,) similarity to the others as the rules see it, -inf where the two may not merge."""

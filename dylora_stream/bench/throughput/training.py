@@ -69,8 +69,8 @@ class Contest:
         self._start = random_adapter(bare, 0, recipe.rank, b_spread=0.0)
         own = self._backbone
         listening = _Listening(**{each.name: getattr(own, each.name) for each in fields(own)})
-        steps = len(self.train(listening).losses)
-        self._batches = listening.heard[-steps:]
+        self.trained = self.train(listening)
+        self._batches = listening.heard[-len(self.trained.losses) :]
         self._wrapped = twin(bare)
         self._peft = PeftModel.around(self._wrapped, self._wrapped.model, recipe.rank, round(recipe.alpha))
 
@@ -166,12 +166,9 @@ def _compare_accuracies(bench: Bench, backbone: Backbone, bare: Backbone) -> Non
     found, gains = {}, []
     for task in read_tasks(bench.config.train_data, backbone, bench.config.sizes):
         contest = Contest((backbone, bare), task.train, SEEDING)
-        ours = contest.train().adapter
         contest.plain(dtype=torch.float32)
-        exact = {
-            who: score_rows(backbone, task.test, adapter).is_exact
-            for who, adapter in (("base", None), ("ours", ours), ("peft", contest.theirs()))
-        }
+        adapters = {"base": None, "ours": contest.trained.adapter, "peft": contest.theirs()}
+        exact = {who: score_rows(backbone, task.test, adapter).is_exact for who, adapter in adapters.items()}
         gains.append(exact["ours"].astype(float) - exact["peft"])
         found[task.name] = {who: round(float(hits.mean()), 4) for who, hits in exact.items()}
         bench.console.print(f"  {task.name}: {found[task.name]}")
