@@ -5,20 +5,17 @@ learn asks again, with the newest statistics: rows that waited for an expert fin
 `score` only; what is called novel never moves the statistics that called it so.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dylora_stream.core.experts import ExpertVersion, Registry
-from dylora_stream.core.likeness import WaitingRow, blended, similarity
 from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer
 from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.statistics import ExpertStatistics
 
 __all__ = ["Knowledge", "LoadStatistics", "Match"]
-
-ANSWER_WEIGHT = 0.5  # of the answers' likeness, as in `core.clustering`
 
 LoadStatistics = Callable[[ExpertVersion], ExpertStatistics]
 
@@ -84,29 +81,6 @@ class Knowledge:
             Match(self._statistics[expert].expert_id, p_value)
             for expert, p_value in zip(scores.nearest.tolist(), p_values.tolist(), strict=True)
         ]
-
-    def mixing(
-        self, owners: Collection[str], features: np.ndarray, answers: Sequence[np.ndarray | None]
-    ) -> float:
-        """How much rows lie among those of these experts: of their nearest neighbours, the experts' share, over what it
-        would be if all were of a kind; about 1 if they are, 0 if they are like one another alone.
-
-        features: (n, D) of rows that stand together; answers: an answer row (A,) or None for each.
-        """
-        theirs = [
-            WaitingRow.of(row, None if known.answers is None else known.answers[line], 0, known.expert_id)
-            for known in self._statistics
-            if known.expert_id in owners
-            for line, row in enumerate(known.rows)
-        ]
-        asked = [WaitingRow.of(row, answer, 0, "") for row, answer in zip(features, answers, strict=True)]
-        if not theirs:
-            return 1.0
-        everyone = asked + theirs
-        alike = similarity(everyone, blended(everyone, None, 0.0, 0.0), None, ANSWER_WEIGHT)
-        np.fill_diagonal(alike, -np.inf)
-        share = float((alike[: len(asked)].argmax(axis=1) >= len(asked)).mean())
-        return share * (len(everyone) - 1) / len(theirs)
 
     @property
     def known_share(self) -> float:

@@ -4,21 +4,11 @@ import numpy as np
 import pytest
 from learning import NOVELTY, MemoryIndex
 
-from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
 from dylora_stream.core.ledger import LedgerRow, RowState
 from dylora_stream.core.messages import SampleReason
-from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.learn.claims import claims
 from dylora_stream.learn.knowledge import Knowledge, Match
 
-VERSION = ExpertVersion(
-    expert_id="e-1",
-    skill_id="s-1",
-    version=1,
-    parent=None,
-    maturity=Maturity.NASCENT,
-    storage=StoredFolder(path="e-1/1", sha256="0" * 64),
-)
 KNOWN, NEW = Match("e-1", 0.4), Match("e-1", 0.01)
 
 
@@ -28,13 +18,12 @@ def knowledge() -> Knowledge:
     return Knowledge(lambda _version: pytest.fail("nothing is loaded here"), MemoryIndex, NOVELTY)
 
 
-def row(number: int, cluster: str | None, text: str = "", features: np.ndarray | None = None) -> LedgerRow:
+def row(number: int, cluster: str | None, text: str = "") -> LedgerRow:
     """A waiting row."""
     return LedgerRow(
         position=f"t:0:{number}", request_id=None, tenant="default", input=text or f"text {number}", output="a",
         choices=(), reason=SampleReason.NOVEL, time_ms=number, is_correct=False, served_by=None, served_version=0,
-        state=RowState.CLUSTERED, cluster_id=cluster,
-        features=np.zeros(2, dtype=np.float32) if features is None else features,
+        state=RowState.CLUSTERED, features=np.zeros(2, dtype=np.float32), cluster_id=cluster,
     )  # fmt: skip
 
 
@@ -67,17 +56,3 @@ def test_a_cluster_of_thousands_is_judged(knowledge: Knowledge) -> None:
     rows = [row(number, "c-1") for number in range(5000)]
     assert claims(rows, [NEW] * 5000, knowledge) == {}
     assert len(claims(rows, [KNOWN] * 5000, knowledge)) == 5000
-
-
-@pytest.mark.parametrize(("distance", "claimed"), [(0.0, 40), (1.0, 0)])
-def test_a_wide_expert_does_not_claim_rows_that_are_more_like_one_another(
-    distance: float, claimed: int
-) -> None:
-    """Each of them lies no farther from its rows than these do from each other, so that it knows them all."""
-    rng = np.random.default_rng(3)
-    own = rng.normal(size=(60, 32)).astype(np.float32)
-    knowledge = Knowledge(lambda _version: ExpertStatistics(expert_id="e-1", rows=own), MemoryIndex, NOVELTY)
-    knowledge.refresh(Registry(experts=(VERSION,)))
-    looks = (distance + rng.normal(size=(40, 32))).astype(np.float32)
-    rows = [row(number, "c-1", features=look) for number, look in enumerate(looks)]
-    assert len(claims(rows, [KNOWN] * 40, knowledge)) == claimed
