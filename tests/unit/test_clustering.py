@@ -192,22 +192,18 @@ def test_rows_that_came_with_an_expert_join_it() -> None:
     assert not len(clusters)
 
 
-@pytest.mark.parametrize(("every", "joined"), [(1, {"e-b"}), (4, set())])
+@pytest.mark.parametrize(("beside", "joined"), [(("e-b",), {"e-b"}), (("e-a", "e-b", "e-c"), set())])
 def test_a_text_that_comes_again_and_again_joins_the_expert_that_it_comes_with(
-    every: int, joined: set[str]
+    beside: tuple[str, ...], joined: set[str]
 ) -> None:
-    """A source's commonest line may be a single text, which founds nothing; one that comes all the time is nobody's.
-
-    every: of how many records, all along, one is the text; 1: every other one, while the second expert's rows come.
-    """
+    """A source's commonest line may be a single text, which founds nothing; one that comes all the time is nobody's."""
     rng = np.random.default_rng(18)
     clusters = OnlineClusters(ClusteringConfig(), PRIOR)
     phases = [(owner, row) for owner in ("e-a", "e-b", "e-c") for row in skill(rng, owner, 100)]
     ((_, text, features, sketch),) = skill(rng, "line", 1)
     for number, (owner, (_, row_id, look, rule)) in enumerate(phases):
         clusters.witness(row_id, look, rule, 1000 * number, owner)
-        is_time = owner == "e-b" and number % 2 if every == 1 else number % every == 0
-        if is_time:
+        if owner in beside and number % 2:
             clusters.place(f"{text}-{number}", features, sketch, 1000 * number + 500)
     assert set(clusters.recluster().joined.values()) == joined
 

@@ -86,7 +86,6 @@ def service_of(
     answerer: UniformAnswerer,
     clock: ManualClock | None = None,
     sink: MemorySink | None = None,
-    journal: MemoryJournal | None = None,
 ) -> ServeService:
     """A serve loop on a broker."""
     codec, clock = WireCodec(source="/test"), clock or ManualClock()
@@ -98,7 +97,7 @@ def service_of(
         codec=codec,
         clock=clock,
         metrics=Metrics(clock),
-        journal=journal or MemoryJournal(),
+        journal=MemoryJournal(),
     )
     worker = Worker(model="tiny", feature_space="space", boot="1")
     return ServeService(ports, Pipeline(answerer, codec, clock, PipelineConfig()), ServeConfig(), worker)
