@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from dylora_stream.cli.options import ConfigOption, SetOption, report_target, settings_from
+from dylora_stream.cli.options import (
+    ConfigOption,
+    SetOption,
+    numbers_of,
+    parts_of,
+    report_target,
+    settings_from,
+)
 
 __all__ = ["continual"]
 
@@ -91,8 +98,8 @@ def continual(
     asked = ContinualConfig(
         data=data,
         orders=_orders(tasks, orders),
-        methods=_parts(methods, ",") if methods is not None else DEFAULT_METHODS,
-        seeds=_numbers(seeds),
+        methods=parts_of(methods) if methods is not None else DEFAULT_METHODS,
+        seeds=numbers_of(seeds, "--seeds"),
         train_rows=train_rows,
         test_rows=test_rows,
         max_tokens=max_tokens,
@@ -109,15 +116,4 @@ def continual(
 def _orders(tasks: str | None, orders: str | None) -> tuple[tuple[str, ...], ...]:
     if (tasks is None) == (orders is None):
         raise typer.BadParameter("give either --tasks or --orders", param_hint="--tasks")
-    return tuple(_parts(order, ",") for order in _parts(orders or tasks or "", ";"))
-
-
-def _numbers(seeds: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(seed) for seed in _parts(seeds, ",")))
-    except ValueError:
-        raise typer.BadParameter(f"{seeds!r} is not numbers with commas", param_hint="--seeds") from None
-
-
-def _parts(text: str, separator: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(separator) if part.strip())
+    return tuple(parts_of(order) for order in parts_of(orders or tasks, ";"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dylora_stream.cli.options import ConfigOption, SetOption, report_target, settings_from
+from dylora_stream.cli.options import ConfigOption, SetOption, parts_of, report_target, settings_from
 from dylora_stream.core.errors import SettingsError
 
 __all__ = ["novelty"]
@@ -109,9 +109,9 @@ def novelty(
         has_labels=labels is Labels.YES,
         is_stripped=strip_markers,
         is_training=train,
-        only=_parts(only) if only is not None else bench.config.USUAL_PARTS,
-        twins=_parts(twins or ""),
-        families=tuple(tuple(family.split("+")) for family in _parts(families or "")),
+        only=parts_of(only) if only is not None else bench.config.USUAL_PARTS,
+        twins=parts_of(twins),
+        families=tuple(tuple(family.split("+")) for family in parts_of(families)),
         train_rows=rows or train_rows,
         test_rows=rows or test_rows,
         max_tokens=max_tokens,
@@ -122,10 +122,6 @@ def novelty(
         report=report,
     )
     bench.novelty(asked, settings_from(config, assignments), Console())
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _bench() -> ModuleType:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dylora_stream.settings import Settings
 
 __all__ = [
-    "BootstrapOption", "ConfigOption", "FormatOption", "LimitOption", "SetOption", "report_target", "settings_from",
+    "BootstrapOption", "ConfigOption", "FormatOption", "LimitOption", "SetOption", "numbers_of", "parts_of",
+    "report_target", "settings_from",
 ]  # fmt: skip
 
 ConfigOption = Annotated[
@@ -45,6 +46,21 @@ FormatOption = Annotated[
     FileFormat, typer.Option("--format", help="auto goes by the suffix; lines takes each line as plain text.")
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Records to take; all without it.")]
+
+
+def parts_of(text: str | None, separator: str = ",") -> tuple[str, ...]:
+    """What a value with commas lists."""
+    return tuple(part.strip() for part in (text or "").split(separator) if part.strip())
+
+
+def numbers_of(text: str, option: str) -> tuple[int, ...]:
+    """The same of whole numbers, each once; refused, naming the option, where there is another thing or nothing."""
+    try:
+        if numbers := tuple(dict.fromkeys(int(part) for part in parts_of(text))):
+            return numbers
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is not numbers with commas", param_hint=option)
 
 
 def report_target(report: Path | None) -> Path | None:

@@ -12,6 +12,8 @@ from dylora_stream.cli.options import (
     FormatOption,
     LimitOption,
     SetOption,
+    numbers_of,
+    parts_of,
     report_target,
     settings_from,
 )
@@ -125,7 +127,8 @@ def throughput(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="PART,…", help="Some of mixed, decode, answer, train, kafka, overhead; else all of them."
+            metavar="PART,…",
+            help="Some of mixed, decode, answer, train, kafka, overhead and accuracy; else all but the last.",
         ),
     ] = None,
     pairs: Annotated[int, typer.Option(min=5, help="Pairs of a short comparison.")] = 7,
@@ -134,10 +137,14 @@ def throughput(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="A folder of NAME.train.jsonl and NAME.test.jsonl; with the part train, held-out accuracies of its "
-            "tasks (at least five) trained our way and by PEFT.",
+            help="For the part accuracy: a folder of NAME.train.jsonl and NAME.test.jsonl, at least five tasks, which "
+            "are trained our way and by PEFT.",
         ),
     ] = None,
+    train_tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Some of that folder's tasks; else all of them.")
+    ] = None,
+    train_seeds: Annotated[str, typer.Option(metavar="N,…", help="One training of every task each.")] = "0",
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:
@@ -147,13 +154,18 @@ def throughput(
     """
     from rich.console import Console
 
-    from dylora_stream.bench.throughput import PARTS, ThroughputConfig
+    from dylora_stream.bench.throughput import USUAL_PARTS, ThroughputConfig
     from dylora_stream.bench.throughput import throughput as measure
 
-    parts = tuple(part.strip() for part in only.split(",")) if only else PARTS
     try:
         chosen = ThroughputConfig(
-            only=parts, pairs=pairs, records=records, report=report, train_data=train_data
+            only=parts_of(only) if only is not None else USUAL_PARTS,
+            pairs=pairs,
+            records=records,
+            report=report,
+            train_data=train_data,
+            train_tasks=parts_of(train_tasks),
+            train_seeds=numbers_of(train_seeds, "--train-seeds"),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from None

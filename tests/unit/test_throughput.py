@@ -11,12 +11,13 @@ from models import tiny_llama
 from rich.console import Console
 
 from dylora_stream.bench.throughput import Sizes, ThroughputConfig, throughput
+from dylora_stream.bench.throughput.accuracy import mean_over_tasks
 from dylora_stream.bench.throughput.bare import random_tokens, twin
 from dylora_stream.bench.throughput.config import AIMS
 from dylora_stream.bench.throughput.contenders import Draws, filled_pool
 from dylora_stream.bench.throughput.data import read_tasks
 from dylora_stream.bench.throughput.mixed import bare_pass, gated_pass, mixed_peft, peft_pass
-from dylora_stream.bench.throughput.training import Contest, mean_over_tasks, training_rows
+from dylora_stream.bench.throughput.training import Contest, training_rows
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.backbone import Backbone, load_backbone
@@ -39,7 +40,7 @@ SMALL = Sizes(
     data_tasks=1,
     data_rows=4,
 )
-MODEL_PARTS = ("mixed", "decode", "answer", "train")
+MODEL_PARTS = ("mixed", "decode", "answer", "train", "accuracy")
 BESIDE = {
     "peft_mixed_32_float32",
     "peft_mixed_32_bfloat16",
@@ -81,7 +82,9 @@ def test_the_report_has_every_number_of_the_parts_that_were_asked_for(folder: Pa
     for part in ("train", "test"):
         row = json.dumps({"input": "one", "output": "two"}) + "\n"
         (tmp_path / f"counting.{part}.jsonl").write_text(row * 4)
-    config = ThroughputConfig(only=MODEL_PARTS, pairs=5, report=report, train_data=tmp_path, sizes=SMALL)
+    config = ThroughputConfig(
+        only=MODEL_PARTS, pairs=5, report=report, train_data=tmp_path, train_seeds=(0, 1), sizes=SMALL
+    )
     found = throughput(config, load_settings(flags=flags), Console(quiet=True))
     wanted = {name for name in AIMS if not name.startswith("kafka")} | BESIDE
     assert wanted <= found["ratios"].keys()
@@ -91,6 +94,7 @@ def test_the_report_has_every_number_of_the_parts_that_were_asked_for(folder: Pa
     assert found["answer_choices_same_texts"] == found["answer_generate_same_texts"] == 1.0
     assert found["train_accuracy"]["tasks"]["counting"].keys() == {"base", "ours", "peft"}
     assert found["train_accuracy"]["ours_over_peft"].keys() == {"mean", "margin_95"}
+    assert len(found["train_accuracy"]["trainings"]["counting"]) == 2
     assert json.loads(report.read_text()) == found
     assert report.with_suffix(".png").stat().st_size > 0
 
@@ -143,10 +147,11 @@ def test_all_three_trainings_of_a_contest_learn_the_same(backbone: Backbone) -> 
 
 
 def test_the_gain_of_training_is_a_mean_over_tasks_whatever_their_sizes() -> None:
-    """Rows of a large task count no more than a small task's; rows that all agree leave no margin."""
-    gain, margin = mean_over_tasks([np.ones(2), np.zeros(100)])
+    """Rows of a large task count no more than a small task's; the margin is of rows, and of trainings if several."""
+    gain, margin = mean_over_tasks([np.ones((1, 2)), np.zeros((1, 100))])
     assert (gain, margin) == (0.5, 0.0)
-    assert mean_over_tasks([np.array([1.0, -1.0] * 50)])[1] == pytest.approx(0.196)
+    assert mean_over_tasks([np.array([[1.0, -1.0] * 50])])[1] == pytest.approx(0.196)
+    assert mean_over_tasks([np.array([[1.0] * 9, [0.0] * 9])]) == (0.5, pytest.approx(1.96 / 2))
 
 
 def test_tasks_without_enough_short_rows_are_passed_over(backbone: Backbone, tmp_path: Path) -> None:
@@ -157,6 +162,9 @@ def test_tasks_without_enough_short_rows_are_passed_over(backbone: Backbone, tmp
             (tmp_path / f"{name}.{part}.jsonl").write_text(row * rows)
     tasks = read_tasks(tmp_path, backbone, SMALL)
     assert [(task.name, len(task.train), len(task.test)) for task in tasks] == [("many", 4, 8)]
+    assert [task.name for task in read_tasks(tmp_path, backbone, SMALL, ["many"])] == ["many"]
+    with pytest.raises(SettingsError, match="few not among them"):
+        read_tasks(tmp_path, backbone, SMALL, ["few", "many"])
     with pytest.raises(SettingsError, match="has 1 tasks"):
         read_tasks(tmp_path, backbone, Sizes(data_tasks=2, data_rows=4))
 

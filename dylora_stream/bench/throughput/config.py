@@ -6,9 +6,10 @@ from pathlib import Path
 from dylora_stream.core.recipes import SEEDING
 from dylora_stream.model.config import Dtype
 
-__all__ = ["AIMS", "LEAST_PAIRS", "PARTS", "Aim", "Sizes", "ThroughputConfig"]
+__all__ = ["AIMS", "LEAST_PAIRS", "PARTS", "USUAL_PARTS", "Aim", "Sizes", "ThroughputConfig"]
 
-PARTS = ("mixed", "decode", "answer", "train", "kafka", "overhead")
+USUAL_PARTS = ("mixed", "decode", "answer", "train", "kafka", "overhead")
+PARTS = (*USUAL_PARTS, "accuracy")  # needs a folder of tasks, and minutes a task
 LEAST_PAIRS = 5  # a median of fewer moves too much
 
 
@@ -76,7 +77,7 @@ class Sizes:
     long: tuple[int, int] = (80, 40)
     """The same where answers are a third of the tokens."""
     data_tasks: int = 5
-    """Tasks that a dataset folder must have; all that it has are trained both ways."""
+    """Tasks that a dataset folder must have."""
     data_rows: int = 64
     """Training rows of each; twice as many are tested."""
     data_tokens: int = 256
@@ -87,13 +88,17 @@ class Sizes:
 class ThroughputConfig:
     """What the command line says."""
 
-    only: tuple[str, ...] = PARTS
+    only: tuple[str, ...] = USUAL_PARTS
     pairs: int = 7
     """Of the short comparisons; trainings and Kafka take LEAST_PAIRS."""
     records: int = 128
     overhead_records: int = 2000
     report: Path | None = None
     train_data: Path | None = None
+    train_tasks: tuple[str, ...] = ()
+    """Of that folder; none: all of them."""
+    train_seeds: tuple[int, ...] = (0,)
+    """One training of every task each."""
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:

@@ -22,20 +22,24 @@ class TaskRows:
     test: Sequence[LabelledText]
 
 
-def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes) -> list[TaskRows]:
-    """The tasks, in name order, that have both files and enough rows which are short enough."""
+def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes, names: Sequence[str] = ()) -> list[TaskRows]:
+    """The tasks, in name order, that have both files and enough rows which are short enough; of `names` if given."""
     tasks: list[TaskRows] = []
     for file in sorted(folder.glob("*.train.jsonl")):
         name = file.name.removesuffix(".train.jsonl")
+        if names and name not in names:
+            continue
         train = _rows(file, backbone, sizes.data_tokens, sizes.data_rows)
         test = _rows(folder / f"{name}.test.jsonl", backbone, sizes.data_tokens, 2 * sizes.data_rows)
         if len(train) == sizes.data_rows and len(test) >= sizes.data_rows // 2:
             tasks.append(TaskRows(name=name, train=train, test=test))
-    if len(tasks) >= sizes.data_tasks:
+    missing = set(names) - {task.name for task in tasks}
+    if len(tasks) >= sizes.data_tasks and not missing:
         return tasks
     raise SettingsError(
         f"{folder} has {len(tasks)} tasks with {sizes.data_rows} training rows of at most {sizes.data_tokens} tokens "
         f"(NAME.train.jsonl and NAME.test.jsonl, rows of input and output); {sizes.data_tasks} are needed"
+        + (f", and {', '.join(sorted(missing))} not among them" if missing else "")
     )
 
 

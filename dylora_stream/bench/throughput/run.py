@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dylora_stream.bench.throughput.accuracy import measure_accuracy
 from dylora_stream.bench.throughput.answering import measure_answering
 from dylora_stream.bench.throughput.config import ThroughputConfig
 from dylora_stream.bench.throughput.daemon import measure_daemon, measure_overhead
@@ -25,6 +26,7 @@ MEASURES: Mapping[str, Callable[[Bench], None]] = {
     "train": measure_training,
     "kafka": measure_daemon,
     "overhead": measure_overhead,
+    "accuracy": measure_accuracy,
 }  # by config.PARTS
 
 

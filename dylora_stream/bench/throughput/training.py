@@ -11,30 +11,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dylora_stream.bench.throughput.bare import twin
 from dylora_stream.bench.throughput.config import LEAST_PAIRS
 from dylora_stream.bench.throughput.contenders import PeftModel, random_adapter
-from dylora_stream.bench.throughput.data import read_tasks
 from dylora_stream.bench.throughput.measuring import Bench, in_turn
 from dylora_stream.bench.throughput.records import plain_records
 from dylora_stream.core.recipes import SEEDING, Recipe, rate_at
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.features import LabelledText
-from dylora_stream.model.training import Trained, TrainingOptions, score_rows, train_expert
+from dylora_stream.model.training import Trained, TrainingOptions, train_expert
 
-__all__ = ["Contest", "mean_over_tasks", "measure_training", "training_rows"]
+__all__ = ["Contest", "measure_training", "training_rows"]
 
 SPREAD = 0.2  # of a prompt's length, both ways
 TEXTS = 400  # of the demo's skills: the tokens that prompts are cut from
 
 
 def measure_training(bench: Bench) -> None:
-    """train_short_answers, train_long_answers, and with a dataset folder the held-out accuracies."""
+    """train_short_answers and train_long_answers."""
     sizes, backbone, bare = bench.config.sizes, bench.backbone(), bench.bare()
     recipe = replace(SEEDING, epochs=sizes.train_epochs, rank=sizes.rank, alpha=2.0 * sizes.rank)
     for name, shape in (("short", sizes.short), ("long", sizes.long)):
@@ -47,8 +45,6 @@ def measure_training(bench: Bench) -> None:
         bench.keep(f"train_{name}_over_answers_only", only, is_speed=True)
         last = dict(zip(("peft", "peft_answers_only", "ours"), losses[-len(runs) :], strict=True))
         bench.notes[f"train_{name}_losses"] = {who: _rounded(each) for who, each in last.items()}
-    if bench.config.train_data is not None:
-        _compare_accuracies(bench, backbone, bare)
 
 
 def _keeping(results: list[list[float]], run: Callable[[], list[float]]) -> Callable[[], None]:
@@ -60,13 +56,17 @@ def _rounded(losses: Sequence[float]) -> list[float]:
 
 
 class Contest:
-    """One training, by us on the first backbone and by PEFT on the second."""
+    """One training, by us on the first backbone and by PEFT on the second. `seed`: of first weights and batches."""
 
     def __init__(
-        self, backbones: tuple[Backbone, Backbone], rows: Sequence[LabelledText], recipe: Recipe
+        self,
+        backbones: tuple[Backbone, Backbone],
+        rows: Sequence[LabelledText],
+        recipe: Recipe,
+        seed: int = 0,
     ) -> None:
-        (self._backbone, bare), self._rows, self._recipe = backbones, rows, recipe
-        self._start = random_adapter(bare, 0, recipe.rank, b_spread=0.0)
+        (self._backbone, bare), self._rows, self._recipe, self._seed = backbones, rows, recipe, seed
+        self._start = random_adapter(bare, seed, recipe.rank, b_spread=0.0)
         own = self._backbone
         listening = _Listening(**{each.name: getattr(own, each.name) for each in fields(own)})
         self.trained = self.train(listening)
@@ -76,7 +76,7 @@ class Contest:
 
     def train(self, backbone: Backbone | None = None) -> Trained:
         """Ours, whole."""
-        options = TrainingOptions(seed=0, start=self._start)
+        options = TrainingOptions(seed=self._seed, start=self._start)
         return train_expert(backbone or self._backbone, self._rows, self._recipe, options)
 
     def ours(self) -> list[float]:
@@ -156,35 +156,3 @@ def _token_stream(backbone: Backbone) -> Iterator[int]:
     while True:
         for row in rows:
             yield from row
-
-
-def _compare_accuracies(bench: Bench, backbone: Backbone, bare: Backbone) -> None:
-    """Both ways on all tasks of a folder, with the whole seeding recipe. PEFT's adapters stay in float32, as it has
-    them, because in bfloat16 small steps are lost to rounding.
-    """
-    assert bench.config.train_data is not None
-    found, gains = {}, []
-    for task in read_tasks(bench.config.train_data, backbone, bench.config.sizes):
-        contest = Contest((backbone, bare), task.train, SEEDING)
-        contest.plain(dtype=torch.float32)
-        adapters = {"base": None, "ours": contest.trained.adapter, "peft": contest.theirs()}
-        exact = {who: score_rows(backbone, task.test, adapter).is_exact for who, adapter in adapters.items()}
-        gains.append(exact["ours"].astype(float) - exact["peft"])
-        found[task.name] = {who: round(float(hits.mean()), 4) for who, hits in exact.items()}
-        bench.console.print(f"  {task.name}: {found[task.name]}")
-    gain, margin = mean_over_tasks(gains)
-    means = {who: sum(each[who] for each in found.values()) / len(found) for who in ("base", "ours", "peft")}
-    bench.notes["train_accuracy"] = {
-        "mean": {who: round(mean, 4) for who, mean in means.items()},
-        "ours_over_peft": {"mean": round(gain, 4), "margin_95": round(margin, 4)},
-        "tasks": found,
-    }
-    bench.console.print(f"  mean of {len(found)} tasks: ours over PEFT {gain:+.4f} ± {margin:.4f}")
-
-
-def mean_over_tasks(gains: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The mean of the tasks' means and its 95 % margin over test rows; each of gains: (rows of a task,)."""
-    variances = [gain.var() / len(gain) for gain in gains]
-    return float(np.mean([gain.mean() for gain in gains])), float(
-        1.96 * np.sqrt(np.sum(variances)) / len(gains)
-    )
