@@ -43,7 +43,7 @@ from dylora_stream.core.likeness import (
 )
 from dylora_stream.core.linkage import MergeRules
 from dylora_stream.core.readiness import Candidate, Readiness, newest_firsts, readiness
-from dylora_stream.core.regrouping import Scene, regroup, strangers
+from dylora_stream.core.regrouping import Scene, regroup
 
 __all__ = ["OnlineClusters", "Placement", "Reclustered", "Reference"]
 
@@ -174,13 +174,6 @@ class OnlineClusters:
             is_doubtful=cluster_id in self._doubtful,
         )
         return readiness(candidate, min_rows, self._config)
-
-    def strangers(self) -> dict[str, frozenset[str]]:
-        """Of every cluster the experts that have no part in it, see `core.regrouping.strangers`."""
-        if not self._rows or not self._residents:
-            return {}
-        self._recentre()
-        return strangers(self._scene())
 
     def forget(self, row_ids: Iterable[str]) -> None:
         """Rows that an expert took, or that expired; unknown ones are ignored. A repeat takes its first row's place."""

@@ -86,11 +86,6 @@ class Groups:
         pairs = self.sizes * (self.sizes - 1.0) / 2.0
         return np.where(pairs > 0, self._pairs / np.maximum(pairs, 1.0), 1.0)
 
-    def own(self, group: int) -> np.ndarray:
-        """(g,) how alike the rows of this group and of each other are among themselves, geometric mean."""
-        cohesion = np.maximum(self.cohesion, LEAST_COHESION)
-        return np.asarray(np.sqrt(cohesion * cohesion[group]))
-
     def verdicts(self, group: int) -> np.ndarray:
         """(g,) what the timeline says of this group and the others; it says nothing of groups of few rows
         that came seldom.
@@ -108,8 +103,9 @@ class Groups:
         """(g,) similarity to the others as the rules see it, -inf where the two may not merge."""
         content, verdicts, cohesion = self.content[group], self.verdicts(group), self.cohesion
         score = content + rules.together * verdicts
+        own = np.sqrt(np.maximum(cohesion, LEAST_COHESION) * max(cohesion[group], LEAST_COHESION))
         can_tell = (self.sizes >= RATIO_ROWS) & (self.sizes[group] >= RATIO_ROWS)
-        is_kin = ~can_tell | (verdicts > 0) | (score >= rules.kinship * self.own(group))
+        is_kin = ~can_tell | (verdicts > 0) | (score >= rules.kinship * own)
         # With nothing but its look, a group joins an expert only where it could be a part of it.
         expert = np.where(self.is_fixed, cohesion, cohesion[group])
         if self.is_fixed[group] or self.is_fixed.any():

@@ -15,9 +15,8 @@ from dylora_stream.core.arrivals import Timeline, Together, floods
 from dylora_stream.core.likeness import WaitingRow
 from dylora_stream.core.linkage import FEWEST_ROWS, Groups, MergeRules, average_linkage, merge_groups
 
-__all__ = ["Pass", "Scene", "regroup", "strangers"]
+__all__ = ["Pass", "Scene", "regroup"]
 
-UNLIKE = 0.5  # share of their own similarity under which rows of a cluster and of an expert are nothing to each other
 HEARD = 64  # arrivals of one text, evenly, that the timeline shows: one that always comes would be everyone's neighbour
 
 
@@ -49,7 +48,10 @@ def regroup(scene: Scene, tight: float, rules: MergeRules) -> Pass:
         average_linkage(scene.similarity[:size, :size], max(tight, rules.join)), return_inverse=True
     )
     count = int(labels.max()) + 1
-    groups, is_flood = _groups(scene, labels)
+    times = np.array([scene.rows[row_id].time_ms for row_id in scene.compared], dtype=np.int64)
+    is_flood = floods(times, labels, scene.timeline.interval_ms())
+    everyone = np.append(labels, np.array([count + owner for owner in scene.standing], dtype=np.int64))
+    groups = Groups(scene.similarity, everyone, len(scene.owners), _together(scene, labels, is_flood))
     left_out = np.zeros(count + len(scene.owners), dtype=bool)
     left_out[:count] = np.bincount(labels, is_flood) > 0.5 * np.bincount(labels)
     merge_groups(groups, rules, left_out)
@@ -60,33 +62,6 @@ def regroup(scene: Scene, tight: float, rules: MergeRules) -> Pass:
         if count <= label < len(groups.parent)
     }
     return Pass(labels=labelled, joined=joined, doubtful=_doubtful(groups, rules.join))
-
-
-def strangers(scene: Scene) -> dict[str, frozenset[str]]:
-    """Of every cluster the experts that have no part in it: their rows come at other times, and look otherwise.
-
-    Either alone is no reason. What an expert did not know of its own skill comes at a time of its own as well, and is
-    as like the expert's rows as they are one another; the templates of one log system need not be alike.
-    """
-    homes = [scene.rows[row_id].cluster_id for row_id in scene.compared]
-    names, labels = np.unique(homes, return_inverse=True)
-    groups, _ = _groups(scene, labels)
-    found = {}
-    for group, name in enumerate(names.tolist()):
-        is_stranger = (groups.verdicts(group) < 0) & (groups.content[group] < UNLIKE * groups.own(group))
-        found[name] = frozenset(
-            owner for owner, is_one in zip(scene.owners, is_stranger[len(names) :], strict=True) if is_one
-        )
-    return found
-
-
-def _groups(scene: Scene, labels: np.ndarray) -> tuple[Groups, np.ndarray]:
-    """The compared rows by label (n,), then the experts; and whether a row is of a flood (n,)."""
-    times = np.array([scene.rows[row_id].time_ms for row_id in scene.compared], dtype=np.int64)
-    is_flood = floods(times, labels, scene.timeline.interval_ms())
-    owners = np.array(scene.standing, dtype=np.int64) + int(labels.max()) + 1
-    everyone = np.append(labels, owners)
-    return Groups(scene.similarity, everyone, len(scene.owners), _together(scene, labels, is_flood)), is_flood
 
 
 def _together(scene: Scene, labels: np.ndarray, is_flood: np.ndarray) -> Together:

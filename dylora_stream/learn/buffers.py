@@ -229,10 +229,6 @@ class Buffers:
             described.append({**asdict(cluster), "row_count": len(mine), "distinct_inputs": len(set(mine))})
         return {"rows": dict(sorted(Counter(str(row.state) for row in rows).items())), "clusters": described}
 
-    def strangers(self, tenant: str) -> Mapping[str, frozenset[str]]:
-        """Of every cluster the experts that have no part in it: told by time and by look."""
-        return self._of(tenant).strangers()
-
     def tenants(self) -> Sequence[str]:
         """Tenants that have rows in clusters."""
         return sorted(self._online)

@@ -5,22 +5,16 @@ own rows do from each other. But of its own rows it would know all but a few, so
 somebody else's (a binomial test at `SURELY`), and keeps its rows: ARI on streams of loghub and of `continual/bare` 0.81
 instead of 0.66 (two orders each, training rows, experts from 48 rows).
 
-Nor does an expert of unlike rows get a whole new skill that it takes for known: it claims nothing of a cluster whose
-rows come at other times than its own and are less than half as like them as both are to themselves
-(`core.regrouping.strangers`). In one order of loghub's training rows `android`, a quarter of whose rows were another
-system's, had taken all of `bgl`. Three orders each, with and without: loghub 0.76 and 0.72, `bare` 0.77 and 0.79. Where
-three quarters as like are asked for, 0.77 and, of two orders of `bare`, 0.77 instead of 0.82: what is left of one skill
-founds a second expert. Time alone: 0.77 and 0.69.
-
 Lost: leaving a cluster alone whose rows are more like one another than like the expert's (a nearest-neighbour
-two-sample test), whenever they come: loghub 0.76, `bare` 0.75.
+two-sample test). It keeps an expert of mixed rows from taking whole new skills, ARI on three orders of loghub 0.76
+instead of 0.72, and keeps a skill's own rows from its expert, on three of `continual/bare` 0.75 instead of 0.79.
 
 Lost: asking the more of a row that its expert answered wrongly the better the expert is, alpha / (1 - accuracy): 0.68
 against 0.69 without (experts from 32 rows).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.statistics import binomial
@@ -31,26 +25,8 @@ __all__ = ["claims"]
 SURELY = 0.01  # chance at which a cluster of an expert's own rows is taken for somebody else's
 
 
-def claims(
-    rows: Sequence[LedgerRow],
-    matches: Sequence[Match],
-    knowledge: Knowledge,
-    strangers: Callable[[], Mapping[str, frozenset[str]]] = dict,
-) -> dict[str, str]:
-    """Position → expert, of the rows that are claimed. `strangers`: of a cluster, experts that have no part in it;
-    asked only where there is something to claim."""
-    claimed = _claimed(rows, matches, knowledge)
-    if not any(row.position in claimed and row.cluster_id for row in rows):
-        return claimed
-    barred = strangers()
-    admitted = [
-        Match(None, match.p_value) if match.nearest in barred.get(row.cluster_id or "", ()) else match
-        for row, match in zip(rows, matches, strict=True)
-    ]
-    return _claimed(rows, admitted, knowledge)
-
-
-def _claimed(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> dict[str, str]:
+def claims(rows: Sequence[LedgerRow], matches: Sequence[Match], knowledge: Knowledge) -> dict[str, str]:
+    """Position → expert, of the rows that are claimed."""
     groups: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         groups[row.cluster_id or row.position].append(place)

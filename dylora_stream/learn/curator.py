@@ -12,7 +12,6 @@ them, so a curator whose commit failed must be thrown away (the process ends; th
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -369,8 +368,7 @@ class Curator:
             rows = [row for row in waiting if row.tenant == tenant]
             features = np.stack([row.features for row in rows])
             matches = self._knowledge.match(tenant, features, [row.sketch for row in rows])
-            claimed = claims(rows, matches, self._knowledge, partial(self._buffers.strangers, tenant))
-            for position, expert_id in claimed.items():
+            for position, expert_id in claims(rows, matches, self._knowledge).items():
                 self._buffers.assign(self._buffers.rows[position], expert_id, changes)
 
     def _publish(self, registry: Registry, expert_ids: Sequence[str], changes: Changes) -> None:

@@ -56,18 +56,3 @@ def test_a_cluster_of_thousands_is_judged(knowledge: Knowledge) -> None:
     rows = [row(number, "c-1") for number in range(5000)]
     assert claims(rows, [NEW] * 5000, knowledge) == {}
     assert len(claims(rows, [KNOWN] * 5000, knowledge)) == 5000
-
-
-def test_an_expert_that_has_no_part_in_a_cluster_claims_nothing_of_it(knowledge: Knowledge) -> None:
-    """However much of it the expert takes for known; rows of other clusters are claimed as ever."""
-    rows = [row(number, f"c-{number % 2}") for number in range(8)]
-    found = claims(
-        rows, [KNOWN] * 8, knowledge, lambda: {"c-0": frozenset({"e-1"}), "c-1": frozenset({"e-2"})}
-    )
-    assert set(found) == {each.position for each in rows if each.cluster_id == "c-1"}
-
-
-def test_where_nothing_is_claimed_no_stranger_is_looked_for(knowledge: Knowledge) -> None:
-    """It takes a pass over the clusters."""
-    assert claims([row(0, "c-1")], [NEW], knowledge, lambda: pytest.fail("looked")) == {}
-    assert claims([row(0, None)], [KNOWN], knowledge, lambda: pytest.fail("looked")) == {"t:0:0": "e-1"}

@@ -224,25 +224,6 @@ def test_a_skill_that_begins_right_after_another_does_not_join_it(rows_a_pass: i
             assert not clusters.recluster().joined
 
 
-@pytest.mark.parametrize(
-    ("name", "comes_amid", "barred"), [("b", False, {"e-a"}), ("a", False, set()), ("b", True, set())]
-)
-def test_an_expert_has_no_part_in_what_comes_at_another_time_and_looks_otherwise(
-    name: str, comes_amid: bool, barred: set[str]
-) -> None:
-    """Its own kind at another time is not barred from it, nor is another kind that comes when its rows do."""
-    rng = np.random.default_rng(19)
-    clusters = OnlineClusters(ClusteringConfig(), PRIOR)
-    kinds = {each: skill(rng, each, 160, scatter=0.5) for each in ("a", "b", "y")}
-    owned = [("e-y", row) for row in kinds["y"][:120]] + [("e-a", row) for row in kinds["a"][:120]]
-    for number, (owner, (_, row_id, features, sketch)) in enumerate(owned):
-        clusters.witness(row_id, features, sketch, 1000 * number, owner)
-    begins, every = (120_500, 3000) if comes_amid else (240_000, 1000)
-    for number, (_, row_id, features, sketch) in enumerate(kinds[name][120:]):
-        clusters.restore(row_id, features, sketch, begins + every * number, "c")
-    assert clusters.strangers()["c"] - {"e-y"} == barred
-
-
 def test_first_rows_beside_an_expert_need_no_answer() -> None:
     """An expert's rows are there before any waiting row is."""
     rng = np.random.default_rng(17)
