@@ -10,10 +10,10 @@ two-sample test). It keeps an expert of mixed rows from taking whole new skills,
 instead of 0.72, and keeps a skill's own rows from its expert, on three of `continual/bare` 0.75 instead of 0.79.
 
 Lost: barring an expert from a cluster whose rows come at other times than its own and are less than half as like them
-as both are to themselves (what an expert has missed of its own kind is 0.8 to 1.2 times as like, new kinds that it takes
-for known -0.5 to 0.5). It kept `android` from taking all of `bgl` in one of three training orders: loghub 0.76 for 0.72,
-`bare` 0.77 for 0.79. On test orders loghub is the same and one of `bare` 0.67 for 0.72, where what is left of a skill
-founds a second expert. Time alone: 0.77 and 0.69 on training rows.
+as both are to themselves (what an expert has missed of its own kind is 0.8 to 1.2 times as like, new kinds that it
+takes for known -0.5 to 0.5). It kept `android` from taking all of `bgl` in one of three training orders: loghub 0.76
+for 0.72, `bare` 0.77 for 0.79. On test orders loghub is the same and one of `bare` 0.67 for 0.72, where what is left
+of a skill founds a second expert. Time alone: 0.77 and 0.69 on training rows.
 
 Lost: asking the more of a row that its expert answered wrongly the better the expert is, alpha / (1 - accuracy): 0.68
 against 0.69 without (experts from 32 rows).
