@@ -163,14 +163,17 @@ def test_tasks_without_enough_short_rows_are_passed_over(backbone: Backbone, tmp
     tasks = read_tasks(tmp_path, backbone, SMALL)
     assert [(task.name, len(task.train), len(task.test)) for task in tasks] == [("many", 4, 8)]
     assert [task.name for task in read_tasks(tmp_path, backbone, SMALL, ["many"])] == ["many"]
-    with pytest.raises(SettingsError, match="few not among them"):
+    with pytest.raises(SettingsError, match="it lacks few"):
         read_tasks(tmp_path, backbone, SMALL, ["few", "many"])
     with pytest.raises(SettingsError, match="has 1 tasks"):
         read_tasks(tmp_path, backbone, Sizes(data_tasks=2, data_rows=4))
 
 
-@pytest.mark.parametrize("wrong", [{"only": ("speed",)}, {"only": ()}, {"pairs": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"only": ("speed",)}, {"only": ()}, {"pairs": 3}, {"only": ("accuracy",)}, {"train_data": Path()}],
+)
 def test_a_wrong_config_is_refused(wrong: dict[str, object]) -> None:
-    """A part that there is not, no part, or too few pairs."""
-    with pytest.raises(ValueError, match="at least|there is no part"):
+    """A part that there is not, no part, too few pairs, or tasks to train without the part that does, and the reverse."""
+    with pytest.raises(ValueError, match="at least|there is no part|go together"):
         ThroughputConfig(**wrong)

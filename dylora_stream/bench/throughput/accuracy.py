@@ -13,7 +13,6 @@ from dylora_stream.bench.throughput.data import TaskRows, read_tasks
 from dylora_stream.bench.throughput.measuring import Bench
 from dylora_stream.bench.throughput.report import write
 from dylora_stream.bench.throughput.training import Contest
-from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.recipes import SEEDING
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.training import score_rows
@@ -26,8 +25,7 @@ Hits = dict[str, np.ndarray]  # by who trained: (test rows,) bool
 def measure_accuracy(bench: Bench) -> None:
     """`train_accuracy`, written after every training, with the whole seeding recipe."""
     config = bench.config
-    if config.train_data is None:
-        raise SettingsError("the part accuracy needs a folder of tasks: --train-data FOLDER")
+    assert config.train_data is not None  # see ThroughputConfig
     backbones = bench.backbone(), bench.bare()
     tasks = read_tasks(config.train_data, backbones[0], config.sizes, config.train_tasks)
     found: dict[str, list[Hits]] = {task.name: [] for task in tasks}

@@ -105,5 +105,7 @@ class ThroughputConfig:
         unknown = [part for part in self.only if part not in PARTS]
         if unknown or not self.only:
             raise ValueError(f"there is no part {', '.join(unknown)!r}: use some of {','.join(PARTS)}")
+        if ("accuracy" in self.only) != (self.train_data is not None):
+            raise ValueError("the part accuracy and a folder of tasks, --train-data FOLDER, go together")
         if self.pairs < LEAST_PAIRS:
             raise ValueError(f"{self.pairs} pairs are too few for a median: at least {LEAST_PAIRS}")

@@ -39,7 +39,7 @@ def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes, names: Sequence[s
     raise SettingsError(
         f"{folder} has {len(tasks)} tasks with {sizes.data_rows} training rows of at most {sizes.data_tokens} tokens "
         f"(NAME.train.jsonl and NAME.test.jsonl, rows of input and output); {sizes.data_tasks} are needed"
-        + (f", and {', '.join(sorted(missing))} not among them" if missing else "")
+        + (f"; of those named, it lacks {', '.join(sorted(missing))}" if missing else "")
     )
 
 
