@@ -174,6 +174,7 @@ def test_tasks_without_enough_short_rows_are_passed_over(backbone: Backbone, tmp
     [{"only": ("speed",)}, {"only": ()}, {"pairs": 3}, {"only": ("accuracy",)}, {"train_data": Path()}],
 )
 def test_a_wrong_config_is_refused(wrong: dict[str, object]) -> None:
-    """A part that there is not, no part, too few pairs, or tasks to train without the part that does, and the reverse."""
+    """A part that there is not, no part, too few pairs; a folder of tasks and the part that takes it, one without the
+    other."""
     with pytest.raises(ValueError, match="at least|there is no part|go together"):
         ThroughputConfig(**wrong)
