@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,36 @@ def test_the_report_has_every_number_of_the_parts_that_were_asked_for(folder: Pa
     assert len(found["train_accuracy"]["trainings"]["counting"]) == 2
     assert json.loads(report.read_text()) == found
     assert report.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_trainings_whose_accuracy_was_measured_are_not_trained_again(folder: Path, tmp_path: Path) -> None:
+    """A second run that asks for one more seed keeps the files of the first and gives its figures."""
+    flags = [
+        f"model.folder={folder}",
+        "model.stem_layers=1",
+        "model.dtype=float32",
+        f"store.folder={tmp_path}",
+    ]
+    for part in ("train", "test"):
+        (tmp_path / f"counting.{part}.jsonl").write_text(json.dumps({"input": "one", "output": "two"}) + "\n")
+    sizes = replace(SMALL, data_rows=1)
+
+    def run(seeds: tuple[int, ...]) -> dict[str, object]:
+        config = ThroughputConfig(only=("accuracy",), train_data=tmp_path, train_seeds=seeds, sizes=sizes)
+        found = throughput(config, load_settings(flags=flags), Console(quiet=True))
+        return found["train_accuracy"]["trainings"]["counting"]
+
+    first = run((0,))
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("bench/**/*.safetensors")}
+    both = run((0, 1))
+    assert len(kept) == 1
+    assert (
+        kept.items()
+        <= {file: file.stat().st_mtime_ns for file in tmp_path.glob("bench/**/*.safetensors")}.items()
+    )
+    assert both[:1] == first
+    assert len(both) == 2
 
 
 def test_our_mixed_batch_and_pefts_are_the_same_computation(backbone: Backbone) -> None:

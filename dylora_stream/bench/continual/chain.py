@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dylora_stream.bench.continual.evaluate import Cell, Examiner, scene_of
-from dylora_stream.bench.continual.store import digest
 from dylora_stream.bench.continual.workbench import Expert, Workbench, seed_of
+from dylora_stream.bench.store import digest
 from dylora_stream.model.gates.base import Lesson, Memory, Stage, Student
 from dylora_stream.model.training import Company, TrainingOptions
 

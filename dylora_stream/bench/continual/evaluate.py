@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dylora_stream.bench.continual.store import digest
 from dylora_stream.bench.continual.workbench import Workbench
+from dylora_stream.bench.store import digest
 from dylora_stream.core.messages import Policy
 from dylora_stream.core.novelty import distinct
 from dylora_stream.core.routing import NULL_EXPERT, Routing

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from dylora_stream.bench.continual.evaluate import Cell, Examiner
-from dylora_stream.bench.continual.store import digest
 from dylora_stream.bench.continual.workbench import Expert, Workbench, seed_of
+from dylora_stream.bench.store import digest
 from dylora_stream.model.training import TrainingOptions
 
 __all__ = ["BaseCourse", "JointCourse", "OracleCourse", "SequentialCourse"]

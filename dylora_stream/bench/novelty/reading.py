@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dylora_stream.bench.continual.store import Store, digest
 from dylora_stream.bench.continual.workbench import Tell
+from dylora_stream.bench.store import Store, digest
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, answer_rows, feature_space, read_rows
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from dylora_stream.bench.continual.store import Store, digest
 from dylora_stream.bench.novelty.judging import Ground, Rating, ReadTask
+from dylora_stream.bench.store import Store, digest
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText

@@ -1,14 +1,17 @@
 """Held-out accuracy of experts trained our way and by a PEFT loop: equal rows, first weights, batches, rates and steps.
 
 A single training's accuracy moves by up to 0.09 with the last bit of its arithmetic, so that every task is trained
-several times, each time from other first weights and in another order, which both ways share.
+several times, each time from other first weights and in another order, which both ways share. What is trained is kept
+in `bench/throughput` of the data folder: a run that was stopped goes on.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
+from dylora_stream.bench.store import Store, digest
 from dylora_stream.bench.throughput.data import TaskRows, read_tasks
 from dylora_stream.bench.throughput.measuring import Bench
 from dylora_stream.bench.throughput.report import write
@@ -28,10 +31,11 @@ def measure_accuracy(bench: Bench) -> None:
     assert config.train_data is not None  # see ThroughputConfig
     backbones = bench.backbone(), bench.bare()
     tasks = read_tasks(config.train_data, backbones[0], config.sizes, config.train_tasks)
+    store = Store(bench.settings.store.folder / "bench" / "throughput")
     found: dict[str, list[Hits]] = {task.name: [] for task in tasks}
     for seed in config.train_seeds:
         for task in tasks:
-            hits = _trained_both_ways(backbones, task, seed)
+            hits = _kept_or_trained(store, backbones, task, seed)
             found[task.name].append(hits)
             bench.console.print(f"  {task.name}, seed {seed}: {_shares([hits])}")
             bench.notes["train_accuracy"] = _summary(found)
@@ -41,6 +45,26 @@ def measure_accuracy(bench: Bench) -> None:
         f"  {len(tasks)} tasks, {len(config.train_seeds)} trainings each: ours over PEFT "
         f"{gain['mean']:+.4f} ± {gain['margin_95']:.4f}"
     )
+
+
+def _kept_or_trained(store: Store, backbones: tuple[Backbone, Backbone], task: TaskRows, seed: int) -> Hits:
+    backbone = backbones[0]
+    key = digest(
+        backbone=backbone.digest,
+        dtype=str(backbone.dtype),
+        stem=backbone.stem_layers,
+        template=backbone.template.text,
+        recipe=asdict(SEEDING),
+        seed=seed,
+        train=[[row.input, row.output] for row in task.train],
+        test=[[row.input, row.output] for row in task.test],
+    )
+    kept = store.tensors("accuracy", key)
+    if kept is not None:
+        return {who: tensor.numpy() for who, tensor in kept.items()}
+    hits = _trained_both_ways(backbones, task, seed)
+    store.put_tensors("accuracy", key, {who: torch.from_numpy(each) for who, each in hits.items()})
+    return hits
 
 
 def _trained_both_ways(backbones: tuple[Backbone, Backbone], task: TaskRows, seed: int) -> Hits:

@@ -2,7 +2,7 @@
 
 A killed run goes on where it stopped, and runs that share experts share them over time as well. A file is written
 beside its place and renamed, so that it is whole or not there; one that cannot be read counts as missing. To measure a
-method afresh, delete `chains/METHOD`, `cells/METHOD` and `experts/METHOD`.
+routing method afresh, delete `chains/METHOD`, `cells/METHOD` and `experts/METHOD`.
 """
 
 import hashlib
@@ -78,6 +78,6 @@ class Store:
             with suppress(OSError):
                 beside.unlink()
             raise StoreError(
-                f"{folder} cannot be written ({error}): free some space, or give --work a folder that can; what is "
-                "finished is kept"
+                f"{folder} cannot be written ({error}): free some space, or name a folder that can (--work, or "
+                "--set store.folder=…); what is finished is kept"
             ) from error
