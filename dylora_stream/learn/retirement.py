@@ -34,6 +34,6 @@ def retirement(
 
 
 def put_aside(expert_id: str, rows: Iterable[LedgerRow]) -> dict[str, LedgerRow]:
-    """The expert's rows by position, as they are once it is gone."""
+    """The expert's rows by position, as they are once it is gone: no cluster's either, lest it trains them again."""
     owned = [row for row in rows if row.expert_id == expert_id and row.state is RowState.ASSIGNED]
-    return {row.position: replace(row, state=RowState.SETTLED) for row in owned}
+    return {row.position: replace(row, state=RowState.SETTLED, cluster_id=None) for row in owned}

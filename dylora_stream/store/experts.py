@@ -1,8 +1,9 @@
 """The expert store: folders under content addresses, on any fsspec URL.
 
-A folder's digest is over its files' names and bytes. It is copied aside, then renamed (on this machine once the disk
-has it), so a reader sees it whole or not at all; the same content twice is one entry. Remote folders are read through a
-local cache. A `StoredFolder.path` comes out of messages, so it is checked against the one form this store writes: it
+A folder's digest is over its files' names and bytes; the same content twice is one entry. On this machine it is copied
+aside and renamed once the disk has it, so that a reader sees it whole or not at all. No rename of a remote folder is
+one step: there its files go to their places one by one, its digest tells a reader of a half one, and who puts it again
+finishes it. Remote folders are read through a local cache. A `StoredFolder.path` comes out of messages, so it is checked against the one form this store writes: it
 can never point outside.
 """
 
@@ -12,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 
 import fsspec
@@ -81,22 +81,40 @@ class FolderStore:
         sha256 = folder_digest(folder)
         stored = StoredFolder(path=f"{sha256[:2]}/{sha256}", sha256=sha256)
         target = f"{self._root}/{stored.path}"
-        aside = f"{self._root}/aside/{uuid.uuid4().hex}"
         try:
-            if self._fs.exists(target):
-                return stored
-            self._fs.makedirs(f"{self._root}/aside", exist_ok=True)
-            self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
-            self._fs.put(f"{folder}/", f"{aside}/", recursive=True)
             if self._is_local:
-                put_in_place(Path(aside), Path(target))
-            else:
-                self._fs.mv(aside, target, recursive=True)
+                self._put_in_place(folder, Path(target))
+            elif not self._has_all(folder, target):
+                self._fs.put(f"{folder}/", f"{target}/", recursive=True)
         except Exception as error:  # each kind of storage has a client with errors of its own
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise DiskFull(f"no room left in the expert store {self._root}; free some space") from error
             raise StoreError(f"the expert store {self._root} cannot be written: {error}") from error
         return stored
+
+    def _put_in_place(self, folder: Path, target: Path) -> None:
+        """Learn alone writes: what lies aside is a copy that was interrupted."""
+        if target.exists():
+            return
+        aside = Path(self._root) / "aside" / target.name
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            for parent in (aside.parent, target.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            self._fs.put(f"{folder}/", f"{aside}/", recursive=True)
+            put_in_place(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _has_all(self, folder: Path, target: str) -> bool:
+        """Whether a copy was finished: the storage has every file, by name and size."""
+        wanted = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        found = self._fs.find(target, detail=True)
+        return wanted.items() <= {name[len(target) + 1 :]: info["size"] for name, info in found.items()}.items()
 
     def open(self, stored: StoredFolder) -> Path:
         """See the port."""

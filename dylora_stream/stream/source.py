@@ -255,16 +255,21 @@ class KafkaSource:
         starts = {part: found.offset for part, found in self._committed(assigned).items()}
         missing = [part for part in assigned if part not in starts]
         if missing:
-            begun = self._edge(self._first_start(missing), missing)
-            self._consumer.commit(
-                {part: OffsetAndMetadata(offset, "", -1) for part, offset in begun.items()},
-                timeout_ms=self._timeout_ms,
-            )
+            begun = self._committed_edge(self._first_start(missing), missing)
             log.info(
                 "partitions_started", offsets={f"{p.topic}:{p.partition}": at for p, at in begun.items()}
             )
             starts |= begun
         return starts
+
+    def _committed_edge(self, edge: str, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """Where to begin, committed at once: a rewind goes back to it, and not past what came since to a later end."""
+        begun = self._edge(edge, partitions)
+        self._consumer.commit(
+            {part: OffsetAndMetadata(offset, "", -1) for part, offset in begun.items()},
+            timeout_ms=self._timeout_ms,
+        )
+        return begun
 
     def _first_start(self, missing: Sequence[TopicPartition]) -> str:
         """Where partitions without a committed offset start: added ones and those of a first start at the beginning."""
@@ -298,7 +303,8 @@ class KafkaSource:
                 "(deleted by retention, or the topic was made anew). Set kafka.start_from to `earliest` or "
                 "`latest` to go on"
             )
-        starts = self._edge(self._config.start_from, list(lost))
+        edge = self._edge if self._own is not None else self._committed_edge
+        starts = edge(self._config.start_from, list(lost))
         for partition, offset in starts.items():
             self._unproved.pop(partition, None)
             self._consumer.seek(partition, offset)

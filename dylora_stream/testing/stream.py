@@ -183,6 +183,8 @@ class MemorySource:
             raise OffsetsLost(f"{sorted(lost)} do not hold the position to go on from; set start_from")
         restarted = {each: end if self._start_from == "latest" else 0 for each, end in lost.items()}
         self._next |= restarted
+        if self._own is None:
+            self._group.committed |= {each: (start, "") for each, start in restarted.items()}
         return restarted
 
     def _is_other(self, partition: Partition) -> bool:

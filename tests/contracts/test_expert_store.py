@@ -1,15 +1,18 @@
 """One contract for the expert store, over folders and over the in-memory double; then what only files can suffer."""
 
+import errno
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dylora_stream.core.errors import ExpertCorrupt, SettingsError, StoreError
+from dylora_stream.core.errors import DiskFull, ExpertCorrupt, SettingsError, StoreError
 from dylora_stream.core.experts import StoredFolder
 from dylora_stream.core.ports import ExpertStore
 from dylora_stream.store.experts import FolderStore, folder_digest
@@ -99,6 +102,35 @@ def test_nothing_half_written_is_left_where_readers_look(tmp_path: Path) -> None
     assert found == [f"{stored.path}/adapter", f"{stored.path}/deep/report"]
 
 
+@pytest.mark.parametrize("url", ["folder", "memory://interrupted"])
+def test_a_copy_that_was_interrupted_is_finished_by_the_next(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a folder never counts as stored, and leaves nothing behind on this disk."""
+    root = str(tmp_path / "store") if url == "folder" else url
+    folder = expert(tmp_path / "one")
+    copied: list[str] = []
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def second_fails(*arguments: Any, **options: Any) -> Any:
+            copied.append(str(arguments[-1]))
+            if len(copied) == 2:
+                raise OSError(errno.ENOSPC, "no room")
+            return real(*arguments, **options)
+
+        return second_fails
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "put_file", failing(LocalFileSystem.put_file))
+        patch.setattr(MemoryFileSystem, "put_file", failing(MemoryFileSystem.put_file))
+        with pytest.raises(DiskFull):
+            FolderStore(root, tmp_path / "cache").put(folder)
+    assert len(copied) == 2
+    assert [path for path in tmp_path.glob("store/**/*") if path.is_file()] == []
+    stored = FolderStore(root, tmp_path / "cache").put(folder)
+    assert folder_digest(FolderStore(root, tmp_path / "cache").open(stored)) == stored.sha256
+
+
 def test_a_remote_folder_is_fetched_through_the_cache(tmp_path: Path) -> None:
     """Any fsspec URL: read once, verified, and read from the cache afterwards."""
     url = "memory://experts-of-this-test"
@@ -181,6 +213,6 @@ def test_a_storage_is_looked_at_without_writing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(MemoryFileSystem, "info", refuse)
     with pytest.raises(StoreError, match="cannot be reached: no credentials"):
         remote.check()
-    monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
+    monkeypatch.setattr(MemoryFileSystem, "find", refuse)
     with pytest.raises(StoreError, match="cannot be written: no credentials"):
         remote.put(expert(tmp_path / "one"))

@@ -320,6 +320,24 @@ def test_reading_may_go_on_at_the_end(room: Room) -> None:
     assert values(take(source, 1)) == [9]
 
 
+def test_a_group_that_goes_on_at_the_end_loses_nothing_that_comes_afterwards(room: Room) -> None:
+    """Its lost offset is replaced at once: a batch that is not committed comes again, and is not skipped as well."""
+    sink, samples = room.sink(), (room.name(Topic.SAMPLES), 0)
+    ask(sink, 3, topic=Topic.SAMPLES)
+    first = room.source(Topic.SAMPLES)
+    batch = take(first, 3)[-1]
+    sink.publish([], dataclasses.replace(batch.checkpoint, offsets={samples: 50}))
+    first.close()
+    source = room.source(Topic.SAMPLES, instance="1", start_from="latest")
+    end = time.monotonic() + PATIENCE_S
+    while source.lag_records() != 0 and time.monotonic() < end:
+        assert not source.poll(100, 0.5).records
+    ask(sink, 1, start=9, topic=Topic.SAMPLES)
+    assert values(take(source, 1)) == [9]
+    source.rewind()
+    assert values(take(source, 1)) == [9]
+
+
 @pytest.mark.parametrize("is_other", [True, False])
 def test_another_record_before_the_own_position_is_found_out(room: Room, *, is_other: bool) -> None:
     """The topic was made anew and has grown past it; the record that was taken is not handed out again."""

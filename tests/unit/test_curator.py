@@ -388,6 +388,22 @@ def test_a_retired_expert_is_out_and_its_kind_is_new_again() -> None:
     assert all(int(rows[position].split()[1]) >= 100 for position in job.positions)
 
 
+def test_rows_that_a_retired_expert_had_claimed_found_no_other() -> None:
+    """Nor count for the cluster that they came in, where that lives on with the rows that were not claimed."""
+    desk = Desk()
+    desk.gather(texts("apple", 0, RULES.rows_to_seed))
+    job = desk.start()
+    desk.gather(texts("apple", 100, 140))
+    desk.promote(job)
+    claimed = {row.position for row in desk.rows if row.state is RowState.ASSIGNED}
+    assert {cluster.state for cluster in desk.clusters} == {ClusterState.LEARNED, ClusterState.OPEN}
+    desk.commit(desk.curator.retire(job.expert_id or ""))
+    desk.gather(texts("apple", 200, 200 + RULES.rows_to_seed))
+    again = desk.start()
+    assert again.kind is JobKind.SEED
+    assert not claimed & set(again.positions)
+
+
 def test_a_full_pool_seeds_nothing_until_an_expert_is_retired() -> None:
     """An expert that cannot be served is not trained; it is said once, and the rows wait."""
     desk = Desk(slots=1)
