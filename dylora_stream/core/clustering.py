@@ -55,11 +55,10 @@ RESIDENTS = 48  # rows of an expert that stand for it, fewer where experts are m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a row went. `merged`: (from, into) of clusters that became one by it."""
+    """Where a row went, and whether that cluster is new."""
 
     cluster_id: str
     created: bool
-    merged: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

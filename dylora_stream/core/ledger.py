@@ -201,7 +201,7 @@ class Ledger(Protocol):
 
     def load(self, expert_texts: int | None = None) -> LedgerState:
         """What was committed so far. With `expert_texts`, of all rows that were ever trained on only those of a running
-        job, and those that are among the newest rows of this many newest texts of an expert in the registry."""
+        job, and those among the newest answered rows of this many newest texts of an expert in the registry."""
 
     def commit(self, changes: Changes) -> None:
         """Apply all of it, or nothing; messages join the outbox in order."""

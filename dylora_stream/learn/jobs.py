@@ -5,9 +5,8 @@ of rows, recipe, seed, threads and backbone, so the same job asked for twice is 
 already there is taken as it is. A folder lives as long as its job runs: what came of it is in the ledger and the expert
 store once its end is committed, and rows of the stream are not left lying in files.
 
-The child is exec'd, never forked, into a session of its own, niced, with one thread fewer than the machine has cores;
-it stays between jobs (importing torch takes seconds), and ends when its standard input closes, so it cannot outlive
-this process.
+The child is exec'd, never forked, into a session of its own, niced, with `learn.threads` threads; it stays between jobs
+(importing torch takes seconds), and ends when its standard input closes, so it cannot outlive this process.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.messages import SampleReason
+from dylora_stream.learn.rows import by_age
 
 __all__ = ["BackOff", "LifecycleConfig", "TrackRecord", "TrackRecords", "newest_distinct"]
 
@@ -135,8 +136,5 @@ class BackOff:
 
 def newest_distinct(rows: Iterable[LedgerRow], limit: int) -> list[LedgerRow]:
     """The newest labelled rows with distinct inputs, at most `limit`, oldest first."""
-    ordered = sorted(
-        (row for row in rows if row.output is not None), key=lambda row: (row.time_ms, row.position)
-    )
-    newest = {row.input: row for row in ordered}
-    return sorted(newest.values(), key=lambda row: (row.time_ms, row.position))[-limit:]
+    newest = {row.input: row for row in sorted(rows, key=by_age) if row.output is not None}
+    return sorted(newest.values(), key=by_age)[-limit:]

@@ -1,6 +1,7 @@
 """Which rows learn stops holding in memory, so that a daemon that runs for months stays as large as it was.
 
-    an expert's rows     the newest of each of the newest distinct texts, twice as many as a consolidation takes
+    an expert's rows     the newest of each of the newest distinct texts, twice as many as a consolidation takes, and a
+                         third as many of which no answer came: known traffic without one does not displace what teaches
     without an answer    the newest `MOST_UNLABELLED`; older ones wait in the ledger for a late answer
     waiting for one      the newest `MOST_WAITING`; clusters that got a row most recently keep theirs longest
     settled              the newest `MOST_SETTLED` of skills that are recognised; the others at once
@@ -18,6 +19,7 @@ from dylora_stream.learn.rows import Rows, by_age
 __all__ = ["CLOSED", "MOST_SETTLED", "MOST_WAITING", "is_kept_on_disk", "surplus"]
 
 MOST_WAITING = 16_384
+UNLABELLED_PART = 3  # of an expert's texts: one more for as many with an answer
 MOST_SETTLED = 2_048  # what clusters compare a new row with
 CLOSED = (ClusterState.KNOWN, ClusterState.UNLEARNABLE)  # recognised, but without an expert
 
@@ -27,11 +29,7 @@ def surplus(
 ) -> list[LedgerRow]:
     """Rows to be held no more; `busy` positions are a running job's, and stay."""
     found = [
-        *(
-            row
-            for expert_id in rows.owners()
-            for row in _repeated_or_old(rows.of_expert(expert_id), per_expert)
-        ),
+        *(row for expert_id in rows.owners() for row in _of_expert(rows.of_expert(expert_id), per_expert)),
         *_all_but_newest(rows.in_state(RowState.UNLABELLED), MOST_UNLABELLED),
         *_all_but_freshest([*rows.in_state(RowState.WAITING), *_in_open_clusters(rows, clusters)]),
         *_settled(rows.in_state(RowState.SETTLED), clusters),
@@ -42,6 +40,12 @@ def surplus(
 def is_kept_on_disk(row: LedgerRow) -> bool:
     """Whether the ledger keeps a row that is held no more: a version was trained on it, or it may get an answer."""
     return row.is_trained or row.state is RowState.UNLABELLED
+
+
+def _of_expert(owned: Sequence[LedgerRow], texts: int) -> Iterable[LedgerRow]:
+    """Those with an answer and those without are counted apart."""
+    yield from _repeated_or_old([row for row in owned if row.output is not None], texts)
+    yield from _repeated_or_old([row for row in owned if row.output is None], texts // UNLABELLED_PART)
 
 
 def _repeated_or_old(owned: Sequence[LedgerRow], kept: int) -> Iterable[LedgerRow]:

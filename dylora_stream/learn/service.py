@@ -295,6 +295,7 @@ class LearnService:
             if not self._curator.has_reference:
                 raise TrainingFailed(f"{self._folders.reference} is not there or cannot be read")
             sketches = read_sketches(result, len(job.positions))
+            self._ports.metrics.job_ended(job.kind, "done")
             return self._curator.sketched(job, dict(zip(job.positions, sketches, strict=True)))
         if job.kind is JobKind.CONSOLIDATE and self._curator.registry.expert(job.expert_id or "") is None:
             return self._failed(job, "its expert was retired meanwhile")

@@ -6,14 +6,14 @@ when a scrape comes, through `watch`, so that a slow answer never holds the stre
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Maturity, Registry
-from dylora_stream.core.messages import Answer, Request, Sample
+from dylora_stream.core.messages import Answer, DeadLetter, Request, Sample
 from dylora_stream.core.ports import Clock
 
 __all__ = ["AnsweredBatch", "Metrics"]
@@ -44,8 +44,8 @@ class AnsweredBatch(Protocol):
         """Requests with their answers."""
 
     @property
-    def dead_letters(self) -> Mapping[str, int]:
-        """Records that could not be answered, by reason."""
+    def dead_letters(self) -> Sequence[DeadLetter]:
+        """Records that could not be answered."""
 
 
 class Metrics:
@@ -116,8 +116,8 @@ class Metrics:
         self._latency.observe(latency_s)
         for request, answer in outcome.answers:
             self._count_answer(request, answer)
-        for reason, count in outcome.dead_letters.items():
-            self._dead.labels(reason).inc(count)
+        for letter in outcome.dead_letters:
+            self._dead.labels(letter.reason).inc()
 
     def _count_answer(self, request: Request, answer: Answer) -> None:
         self._records.labels(answer.policy).inc()

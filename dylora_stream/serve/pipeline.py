@@ -7,7 +7,6 @@ request may carry (`output`) is taken off before the model sees it, so it can ne
 """
 
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -61,7 +60,7 @@ class Outcome:
 
     messages: list[OutboundMessage] = field(default_factory=list)
     answers: list[tuple[Request, Answer]] = field(default_factory=list)
-    dead_letters: Counter[str] = field(default_factory=Counter)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
 
     def add(self, other: "Outcome") -> None:
         """What came of later records of the batch."""
@@ -149,7 +148,7 @@ class Pipeline:
             record=record, stage=error.stage, reason=error.reason, message=str(error), attempts=attempts
         )
         outcome.messages.append(self._codec.encode_dead_letter(letter))
-        outcome.dead_letters[error.reason] += 1
+        outcome.dead_letters.append(letter)
 
     def _messages(
         self, request: Request, answer: Answer, serving: Serving, latency_ms: float

@@ -14,6 +14,7 @@ the group could never be committed, and would be answered for ever.
 Invariant: nothing of a batch is kept but how long it took, so one taken again gives the same kind of outcome.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -195,10 +196,9 @@ class ServeService:
             return 0
         self._guard.settled(batch.records)
         self._ports.metrics.answered(outcome, self._ports.clock.monotonic_s() - started_s)
-        for reason, count in outcome.dead_letters.items():
-            log.warning(
-                "dead_lettered", reason=reason, records=count, position=str(batch.records[0].position)
-            )
+        for reason, count in Counter(letter.reason for letter in outcome.dead_letters).items():
+            first = next(letter for letter in outcome.dead_letters if letter.reason == reason)
+            log.warning("dead_lettered", reason=reason, records=count, position=str(first.record.position))
         return len(batch.records)
 
     def _answer(self, records: Sequence[RawRecord], serving: Serving) -> Outcome:
@@ -228,14 +228,14 @@ class ServeService:
             except BadRecord as error:
                 log.warning("manifest_unreadable", position=str(record.position), reason=error.reason)
                 continue
-            if found is not None and found.number > self._progress.newest.number:
+            if found is not None:
                 self._progress.newest = found
 
     def _prepare(self) -> None:
         """Begin with the newest registry, or again with one that was served in part; one at a time."""
         progress = self._progress
         is_due = progress.retry_at_s is not None and self._ports.clock.monotonic_s() >= progress.retry_at_s
-        if progress.preparing is None and (progress.newest.number > self.registry.number or is_due):
+        if progress.preparing is None and (progress.newest.number != self.registry.number or is_due):
             future = self._preparer.submit(self._ports.answerer.prepare, progress.newest)
             progress.preparing = (progress.newest, future)
 

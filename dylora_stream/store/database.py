@@ -60,8 +60,9 @@ BROKEN = (
     duckdb.FatalException,
 )
 LOADED = """
-WITH texts AS (  -- the newest row of each text of a served expert
-    SELECT position, expert_id, time_ms FROM rows WHERE state = 'assigned' AND list_contains($experts, expert_id)
+WITH texts AS (  -- the newest row of each text of a served expert, of those with an answer
+    SELECT position, expert_id, time_ms FROM rows
+    WHERE state = 'assigned' AND output IS NOT NULL AND list_contains($experts, expert_id)
     QUALIFY row_number() OVER (PARTITION BY expert_id, input ORDER BY time_ms DESC, position DESC) = 1
 ), newest AS (
     SELECT position FROM texts
@@ -206,6 +207,8 @@ class DuckLedger:
         self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
         self._forget(changes)
         self._upsert("jobs", [job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
+        if changes.jobs:  # a sketch job that has ended is asked for by nobody, and a long stream has many
+            self._db.execute("DELETE FROM jobs WHERE kind = 'sketch' AND state <> 'running'")
         self._upsert("versions", [version_values(version) for version in changes.versions], VERSION_SCHEMA)
         if changes.registry is not None:
             document = json.dumps(asdict(changes.registry))

@@ -2,9 +2,9 @@
 
 A folder's digest is over its files' names and bytes; the same content twice is one entry. On this machine it is copied
 aside and renamed once the disk has it, so that a reader sees it whole or not at all. No rename of a remote folder is
-one step: there its files go to their places one by one, its digest tells a reader of a half one, and who puts it again
-finishes it. Remote folders are read through a local cache. A `StoredFolder.path` comes out of messages, so it is checked against the one form this store writes: it
-can never point outside.
+one step: there its files go to their places one by one, the digest tells a reader of a half one, and who puts it again
+finishes it. Remote folders are read through a local cache. A `StoredFolder.path` comes out of messages, so it is
+checked against the one form this store writes: it can never point outside.
 """
 
 import errno
@@ -114,7 +114,9 @@ class FolderStore:
             if path.is_file()
         }
         found = self._fs.find(target, detail=True)
-        return wanted.items() <= {name[len(target) + 1 :]: info["size"] for name, info in found.items()}.items()
+        return (
+            wanted.items() <= {name[len(target) + 1 :]: info["size"] for name, info in found.items()}.items()
+        )
 
     def open(self, stored: StoredFolder) -> Path:
         """See the port."""

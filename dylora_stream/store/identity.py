@@ -85,7 +85,7 @@ def claim_identity(folder: Path, role: str, instance: str) -> Identity:
             lock = (folder / f"{role}-{number}.pid").open("a+")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 lock.close()
                 continue
             lock.truncate(0)

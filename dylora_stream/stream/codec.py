@@ -56,7 +56,7 @@ from dylora_stream.stream.schemas import (
 __all__ = [
     "ERROR_HEADER", "REGISTRY_KEY", "RecordLimits", "decode_dead_letter", "decode_event", "decode_feedback",
     "decode_manifest", "decode_registry", "decode_request", "decode_result", "decode_sample", "encode_dead_letter",
-    "encode_event", "encode_manifest", "encode_registry", "encode_result", "encode_sample", "encode_tombstone",
+    "encode_event", "encode_manifest", "encode_registry", "encode_result", "encode_sample",
 ]  # fmt: skip
 
 REGISTRY_KEY = b"registry"  # the one key of the experts topic that is no expert id
@@ -232,11 +232,6 @@ def decode_manifest(record: RawRecord) -> ExpertVersion | None:
     if record.value is None:
         return None
     return _manifest(validated(ManifestData, json_object(text_of(record.value))))
-
-
-def encode_tombstone(expert_id: str) -> OutboundMessage:
-    """Lets compaction forget an expert; it was retired by state days before."""
-    return OutboundMessage(topic=Topic.EXPERTS, key=expert_id.encode(), value=None)
 
 
 def encode_registry(registry: Registry) -> OutboundMessage:

@@ -15,7 +15,6 @@ The client's calls of steps 7 and 8 have no time-out; here each one gets the tra
 may have happened: the committed offsets and notes, read after the rewind, are the truth.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Thread
@@ -70,15 +69,8 @@ class KafkaSink:
     def __init__(self, config: KafkaConfig, ids: str | TransactionalIds) -> None:
         self._config = config
         self._ids = FixedId(ids) if isinstance(ids, str) else ids
-        self._busy_since_s: float | None = None
         self._is_closed = False
-        self.aborts = 0
         self._producer: KafkaProducer | None = self._build()
-
-    @property
-    def busy_since_s(self) -> float | None:
-        """Since when (time.monotonic) a call has been running; None between calls. For liveness, from any thread."""
-        return self._busy_since_s
 
     def publish(self, messages: Sequence[OutboundMessage], checkpoint: Checkpoint | None = None) -> None:
         """See core.ports.Sink.publish."""
@@ -90,7 +82,6 @@ class KafkaSink:
             raise TransactionAborted(
                 "offsets without a group: this member has no generation yet, nothing was sent"
             )
-        self._busy_since_s = time.monotonic()
         try:
             self._transact(self._producer, messages, checkpoint)
         except Exception as error:
@@ -100,8 +91,6 @@ class KafkaSink:
             if isinstance(ours, Fenced | TopicMissing) or type(ours) is BrokerError:
                 raise ours from error
             raise TransactionAborted(str(ours)) from error
-        finally:
-            self._busy_since_s = None
 
     def close(self) -> None:
         """See core.ports.Sink.close."""
@@ -163,7 +152,6 @@ class KafkaSink:
         return producer
 
     def _replace(self, error: BrokerError) -> None:
-        self.aborts += 1
         self._discard()
         if not isinstance(error, Fenced):
             self._producer = self._build()

@@ -323,9 +323,12 @@ class KafkaSource:
             f"{part.topic}:{part.partition}:{self._consumer.position(part, timeout_ms=1000)}"
             for part in sorted(self._consumer.assignment())
         )
+        way = f"kafka-consumer-groups --group {self._config.group} --reset-offsets --to-offset"
+        if self._own is not None:
+            way = "kafka-delete-records, and kafka.start_from=earliest, as this reader keeps positions of its own"
         return BrokerError(
-            f"a record cannot be decoded ({error}); it stands at or soon after {where}. Move the group behind it: "
-            f"kafka-consumer-groups --group {self._config.group} --reset-offsets --to-offset"
+            f"a record cannot be decoded ({error}); it stands at or soon after {where}. Go on behind the whole batch "
+            f"that it was sent in: {way}"
         )
 
     # -- the broker's numbers --

@@ -67,11 +67,11 @@ class MemoryLedger:
         )
 
     def _newest(self, rows: Sequence[LedgerRow], texts: int) -> set[str]:
-        """Positions of running jobs' rows, and of the newest rows of each served expert's newest texts."""
+        """Positions of running jobs' rows, and of the newest answered rows of each served expert's newest texts."""
         running = (job for job in self._jobs.values() if job.state is JobState.RUNNING)
         found = {position for job in running for position in job.positions}
         for version in self._registry.experts:
-            owned = [row for row in rows if row.expert_id == version.expert_id]
+            owned = [row for row in rows if row.expert_id == version.expert_id and row.output is not None]
             newest = {row.input: row for row in owned if row.state is RowState.ASSIGNED}
             ordered = sorted(newest.values(), key=lambda row: (row.time_ms, row.position), reverse=True)
             found |= {row.position for row in ordered[:texts]}

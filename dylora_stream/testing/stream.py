@@ -221,8 +221,6 @@ class MemorySink:
         self._broker, self._id = broker, transactional_id
         self._epoch = broker.producers[transactional_id] = broker.producers.get(transactional_id, -1) + 1
         self._failure: Exception | None = None
-        self.aborts = 0
-        self.busy_since_s: float | None = None
 
     def fail_next(self, error: Exception | None = None) -> None:
         """Let the next transaction abort (with this error)."""
@@ -236,7 +234,6 @@ class MemorySink:
         if failure is None and checkpoint is not None and checkpoint.offsets:
             failure = self._refusal(checkpoint)
         if failure is not None:
-            self.aborts += 1
             raise failure
         for message in messages:
             value = b"" if message.key is None and message.value is None else message.value

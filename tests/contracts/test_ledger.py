@@ -222,7 +222,11 @@ def test_of_rows_that_were_trained_on_a_start_loads_the_newest(ledger: Ledger) -
     trained = [row(n, **own) for n in range(6)]
     again = [row(6, **own, input=trained[1].input), row(7, **(own | {"is_trained": False}))]
     others = [row(8, **(own | {"expert_id": "e-gone"})), row(9, **(own | {"state": RowState.SETTLED}))]
-    rows = [*trained, *again, *others]
+    known = [
+        row(n, **(own | {"is_trained": False}), input=trained[n % 5].input, output=None)
+        for n in range(10, 15)
+    ]
+    rows = [*trained, *again, *others, *known]
     ledger.commit(
         Changes(
             rows={each.position: each for each in rows},
@@ -232,7 +236,7 @@ def test_of_rows_that_were_trained_on_a_start_loads_the_newest(ledger: Ledger) -
         )
     )
     ledger = reloaded(ledger)
-    assert_same_rows(list(ledger.load(expert_texts=3).rows), [rows[0], rows[5], *again])
+    assert_same_rows(list(ledger.load(expert_texts=3).rows), [rows[0], rows[5], *again, *known])
     assert_same_rows(list(ledger.load().rows), rows)
     assert_same_rows(ledger.training_rows("e-1", 1), trained[1:4])
 

@@ -1,6 +1,5 @@
 """Metrics: what the loops say is what a scrape shows."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +10,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from dylora_stream.bootstrap.roles import _health
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry, StoredFolder
-from dylora_stream.core.messages import Answer, Novelty, Policy, Position, Request, RoutingWeight
+from dylora_stream.core.messages import (
+    Answer,
+    DeadLetter,
+    Novelty,
+    Policy,
+    Position,
+    RawRecord,
+    Request,
+    RoutingWeight,
+)
 from dylora_stream.model.backbone import held_bytes
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.stream.kafka import KafkaConfig
@@ -23,7 +31,7 @@ class Batch:
     """A batch that is on the broker."""
 
     answers: list[tuple[Request, Answer]]
-    dead_letters: Counter[str] = field(default_factory=Counter)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
 
 
 def answered(output: str, right: str | None = None, *, novel: bool = False) -> tuple[Request, Answer]:
@@ -51,9 +59,9 @@ def shown(metrics: Metrics) -> dict[str, float]:
 def test_answers_are_counted_by_policy_expert_and_correctness() -> None:
     """One batch feeds counters, rates and the latency histogram."""
     metrics = Metrics(ManualClock())
-    batch = Batch(
-        [answered("a", "a "), answered("a", "b"), answered("a", novel=True)], Counter({"too_large": 2})
-    )
+    record = RawRecord(position=Position("t", 0, 1), key=None, value=b"")
+    letter = DeadLetter(record=record, stage="decode", reason="too_large", message="too large", attempts=1)
+    batch = Batch([answered("a", "a "), answered("a", "b"), answered("a", novel=True)], [letter, letter])
     metrics.answered(batch, 0.2)
     found = shown(metrics)
     assert found["dylora_records_total{policy=sparse}"] == 3

@@ -75,7 +75,9 @@ def test_every_record_ends_as_a_result_or_a_dead_letter() -> None:
     """Bad records go to dead letters and the good ones around them are answered."""
     outcome = pipeline(UniformAnswerer()).answer(records({"input": "a"}, b"{broken", {"input": "b"}), SERVING)
     assert sorted(topics(outcome)) == sorted([Topic.DEAD_LETTERS, Topic.RESULTS, Topic.RESULTS])
-    assert outcome.dead_letters == {"malformed_json": 1}
+    assert [(letter.reason, letter.record.position.offset) for letter in outcome.dead_letters] == [
+        ("malformed_json", 1)
+    ]
 
 
 def test_a_record_that_the_codec_chokes_on_is_buried_and_the_rest_goes_on() -> None:
@@ -85,7 +87,7 @@ def test_a_record_that_the_codec_chokes_on_is_buried_and_the_rest_goes_on() -> N
         records({"input": "a"}, {"input": "b", "choices": ["c"]}), SERVING
     )
     assert topics(outcome).count(Topic.RESULTS) == 1
-    assert outcome.dead_letters == {"undecodable": 1}
+    assert [letter.reason for letter in outcome.dead_letters] == ["undecodable"]
     letter = next(message for message in outcome.messages if message.topic is Topic.DEAD_LETTERS)
     assert b"KeyError: 'surprise'" in dict(letter.headers)["dylora.error.message"]
 

@@ -40,6 +40,15 @@ def test_an_expert_keeps_the_newest_rows_of_its_newest_texts() -> None:
     assert {each.position for each in gone} == {each.position for each in [*own[:2], own[5], *again[:2]]}
 
 
+def test_rows_without_an_answer_displace_none_with_one() -> None:
+    """Not by being newer, nor by repeating its text; the newest of them wait for a late answer."""
+    taught = [row(n, state=RowState.ASSIGNED, expert_id="e") for n in range(3)]
+    known = [row(n, state=RowState.ASSIGNED, expert_id="e", output=None) for n in range(10, 18)]
+    repeated = replace(known[7], position="again:0:1", input=taught[0].input, time_ms=20_000)
+    gone = surplus(Rows([*taught, *known, repeated]), {}, 6, ())
+    assert {each.position for each in gone} == {each.position for each in known[:7]}
+
+
 def test_rows_of_a_running_job_stay() -> None:
     """Whatever else came meanwhile."""
     own = [row(n, state=RowState.ASSIGNED, expert_id="e") for n in range(6)]
