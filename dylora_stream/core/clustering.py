@@ -4,8 +4,8 @@ Two rows are as similar as the cosine of the leading block of their input featur
 sketches, averaged; rows without a sketch are compared by input alone. Cosines are taken after centring on the rows of
 experts and clusters together with a *reference*, see `Reference`; never above what they are on the reference alone, so
 that strings of nothing in particular are not alike. What one source sends is often a few templates that look nothing
-alike, so groups of alike rows are then merged
-by whether they come together as well, see `core.regrouping` and `core.arrivals`.
+alike, so groups of alike rows are then merged by whether they come together as well, see `core.regrouping` and
+`core.arrivals`.
 
     place      one row: joins the cluster it is most like on average, or founds one; O(compared rows)
     recluster  all waiting rows anew: tight groups, merged with one another or into the expert that they came with
@@ -42,7 +42,7 @@ from dylora_stream.core.likeness import (
     sketches_of,
 )
 from dylora_stream.core.linkage import MergeRules
-from dylora_stream.core.readiness import Candidate, Readiness, newest_firsts, readiness
+from dylora_stream.core.readiness import Candidate, Cohesion, Readiness, cohesion_of, newest_firsts, readiness
 from dylora_stream.core.regrouping import Scene, regroup
 
 __all__ = ["OnlineClusters", "Placement", "Reclustered", "Reference"]
@@ -89,6 +89,9 @@ class OnlineClusters:
         self._residents: dict[str, dict[str, WaitingRow]] = {}
         self._timeline = Timeline()
         self._is_stale = True  # the tables do not show the rows that there are
+        self._measured: dict[
+            str, tuple[tuple[str, ...], Cohesion]
+        ] = {}  # by cluster: of which rows, how alike
         self._doubtful: frozenset[str] = frozenset()  # clusters that might be an expert's: time has not told
 
     def __len__(self) -> int:
@@ -168,7 +171,7 @@ class OnlineClusters:
         rows = {row_id: self._rows[row_id] for row_id in self.members(cluster_id)}
         candidate = Candidate(
             rows=rows,
-            similarity=self._similarity(newest_firsts(rows)),
+            cohesion=self._cohesion(cluster_id, rows),
             interval_ms=self._timeline.interval_ms(),
             is_doubtful=cluster_id in self._doubtful,
         )
@@ -250,6 +253,7 @@ class OnlineClusters:
         """Take the reference anew, and with it the tables of compared rows: the newest first rows."""
         firsts = [row_id for row_id, row in self._rows.items() if row.twin is None and row_id != without]
         self._is_stale = False
+        self._measured.clear()
         self._compared, self._centred_at = firsts[-COMPARED:], min(len(firsts), COMPARED)
         rows = [self._rows[row_id] for row_id in self._compared]
         owners = sorted(self._residents)
@@ -273,6 +277,16 @@ class OnlineClusters:
         interval = self._timeline.interval_ms()
         centre = self._centre or blended(rows, self._prior, self._config.reference_rows, interval)
         return similarity(rows, centre, self._prior, self._config.answer_weight)
+
+    def _cohesion(self, cluster_id: str, rows: Mapping[str, WaitingRow]) -> Cohesion:
+        """Measured anew only where its newest rows or the reference have changed: a full cluster that is not ready is
+        asked about several times a second, for days."""
+        firsts = newest_firsts(rows)
+        row_ids, cohesion = self._measured.get(cluster_id, ((), Cohesion(1.0, 1.0)))
+        if row_ids != tuple(firsts):
+            cohesion = cohesion_of(self._similarity(list(firsts.values())))
+            self._measured[cluster_id] = (tuple(firsts), cohesion)
+        return cohesion
 
     def _scene(self) -> Scene:
         """The compared rows beside what stands for the experts."""

@@ -7,6 +7,7 @@ rows of a flood not at all.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,12 +15,21 @@ from dylora_stream.core.arrivals import floods
 from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.likeness import WaitingRow
 
-__all__ = ["Candidate", "Readiness", "newest_firsts", "readiness"]
+__all__ = ["Candidate", "Cohesion", "Readiness", "cohesion_of", "newest_firsts", "readiness"]
 
 MEASURED = 192  # newest distinct rows of a cluster whose likeness is measured
 LIKES = 3  # rows of a cluster that a row must be like where the cluster as a whole is not alike
 REPEATS = 4  # of one text that count when saturation is judged
 MOST_UNSEEN = 0.3  # Good-Turing share of texts seen once under which a cluster is saturated
+
+
+class Cohesion(NamedTuple):
+    """How alike the rows of a cluster are, averages over its rows; 1.0 for a single row."""
+
+    to_all: float
+    """Similarity of two rows."""
+    to_likes: float
+    """Similarity of a row to the `LIKES` most like it: templates of one source have their like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +39,8 @@ class Candidate:
     rows: Mapping[str, WaitingRow]
     """In order of arrival."""
 
-    similarity: np.ndarray
-    """(m, m) float32 of its `newest_firsts`."""
+    cohesion: Cohesion
+    """Of its `newest_firsts`."""
 
     interval_ms: float
     """The ordinary time between two records of the whole stream."""
@@ -41,8 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
-    """The answer; `reason` is a short snake_case class: ready, or what is missing. cohesion: the average similarity of
-    two distinct rows, 1.0 for a single one."""
+    """The answer; `reason` is a short snake_case class: ready, or what is missing. cohesion: `Cohesion.to_all`."""
 
     is_ready: bool
     reason: str
@@ -50,9 +59,18 @@ class Readiness:
     cohesion: float
 
 
-def newest_firsts(rows: Mapping[str, WaitingRow]) -> list[WaitingRow]:
+def newest_firsts(rows: Mapping[str, WaitingRow]) -> dict[str, WaitingRow]:
     """The newest `MEASURED` rows that repeat no other."""
-    return [row for row in rows.values() if row.twin is None][-MEASURED:]
+    return dict([(row_id, row) for row_id, row in rows.items() if row.twin is None][-MEASURED:])
+
+
+def cohesion_of(similarity: np.ndarray) -> Cohesion:
+    """similarity: (m, m) float32 of the rows to one another."""
+    size = len(similarity)
+    if size < 2:
+        return Cohesion(1.0, 1.0)
+    others = similarity[~np.eye(size, dtype=bool)].reshape(size, -1)
+    return Cohesion(float(others.mean()), float(np.sort(others, axis=1)[:, -LIKES:].mean()))
 
 
 def readiness(candidate: Candidate, min_rows: int, config: ClusteringConfig) -> Readiness:
@@ -64,13 +82,13 @@ def readiness(candidate: Candidate, min_rows: int, config: ClusteringConfig) -> 
     rows = candidate.rows
     times = np.array([row.time_ms for row in rows.values() if row.twin is None], dtype=np.int64)
     flooded = int(floods(times, np.zeros_like(times), candidate.interval_ms).sum())
-    distinct, (cohesion, to_likes) = len(times) - flooded, _cohesion(candidate.similarity)
+    distinct, cohesion = len(times) - flooded, candidate.cohesion
     is_saturated = len(rows) >= min_rows and distinct >= config.saturated_rows and _is_saturated(rows)
     if flooded > distinct:
         reason = "flood"
     elif distinct < min_rows and not is_saturated:
         reason = "flood" if flooded else "repeats" if len(rows) >= min_rows else "too_few_rows"
-    elif cohesion < config.min_cohesion and to_likes < config.tight_similarity:
+    elif cohesion.to_all < config.min_cohesion and cohesion.to_likes < config.tight_similarity:
         reason = "scattered"
     elif np.ptp(times) < config.min_span_ms:
         reason = "flood"
@@ -78,17 +96,8 @@ def readiness(candidate: Candidate, min_rows: int, config: ClusteringConfig) -> 
         reason = "unsettled"
     else:
         reason = "ready"
-    return Readiness(is_ready=reason == "ready", reason=reason, distinct_rows=distinct, cohesion=cohesion)
-
-
-def _cohesion(similarity: np.ndarray) -> tuple[float, float]:
-    """Average similarity of two rows, and of a row to the `LIKES` most like it: templates of one source have their
-    like."""
-    size = len(similarity)
-    if size < 2:
-        return 1.0, 1.0
-    others = similarity[~np.eye(size, dtype=bool)].reshape(size, -1)
-    return float(others.mean()), float(np.sort(others, axis=1)[:, -LIKES:].mean())
+    is_ready = reason == "ready"
+    return Readiness(is_ready=is_ready, reason=reason, distinct_rows=distinct, cohesion=cohesion.to_all)
 
 
 def _is_saturated(rows: Mapping[str, WaitingRow]) -> bool:

@@ -1,11 +1,14 @@
 """Online clusters: joining, mending, readiness, and what must never become an expert."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dylora_stream.core.arrivals import NEIGHBOURS, Timeline
 from dylora_stream.core.cluster_config import ClusteringConfig
 from dylora_stream.core.clustering import OnlineClusters, Reference
+from dylora_stream.core.likeness import similarity
 from dylora_stream.core.linkage import average_linkage
 
 DIMENSIONS, SKETCH = 48, 24
@@ -168,6 +171,32 @@ def test_a_source_of_many_templates_is_ready_however_unlike_they_are() -> None:
     (name,) = clusters.clusters
     assert clusters.readiness(name, 64).cohesion < ClusteringConfig().min_cohesion
     assert clusters.readiness(name, 64).reason == "ready"
+
+
+def test_a_full_cluster_that_is_asked_about_again_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until it has another row: learn asks at every step, and the pool's processor is not its to waste."""
+    rng = np.random.default_rng(14)
+    clusters, measured = OnlineClusters(ClusteringConfig(), PRIOR), []
+    rows = skill(rng, "a", 40)
+    for number, (_, row_id, features, sketch) in enumerate(rows[:-1]):
+        clusters.place(row_id, features, sketch, 1000 * number)
+    clusters.recluster()
+    (name,) = clusters.clusters
+
+    def counting(*arguments: Any) -> np.ndarray:
+        measured.append(len(arguments[0]))
+        return similarity(*arguments)
+
+    monkeypatch.setattr("dylora_stream.core.clustering.similarity", counting)
+    before = clusters.readiness(name, 64)
+    assert clusters.readiness(name, 64) == before
+    assert measured == [39]
+    (_, row_id, features, sketch) = rows[-1]
+    clusters.place(row_id, features, sketch, 40_000)
+    assert clusters.readiness(name, 64).distinct_rows == before.distinct_rows + 1
+    assert measured == [39, 40]
 
 
 def test_templates_that_come_all_the_time_stay_apart() -> None:
