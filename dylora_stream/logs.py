@@ -89,6 +89,9 @@ def configure_logs(config: LogConfig, instance: str, stream: TextIO | None = Non
     logging.getLogger("kafka.net.selector").setLevel(
         logging.ERROR
     )  # it warns of every pause of a busy machine
+    logging.getLogger("kafka.admin.client").setLevel(
+        max(root.level, logging.INFO)
+    )  # at debug it shows passwords
     logging.getLogger("dylora_stream").setLevel(config.level.upper())
     logging.captureWarnings(capture=True)
     structlog.configure(

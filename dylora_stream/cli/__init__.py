@@ -53,9 +53,12 @@ for group in (daemon, streams, views, letters, machine, showcase):
 def main() -> NoReturn:
     """Run the command line and end the process; our own errors are one line, without a traceback.
 
-    SIGTERM unwinds like Ctrl-C, so that what a command started ends with it; the daemon's roles install their own.
+    SIGTERM and a closed terminal unwind like Ctrl-C, so that what a command started ends with it; the daemon's roles
+    install their own. `nohup` stays what it is.
     """
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(TERMINATED))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: sys.exit(TERMINATED))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # before torch
     try:
         app()

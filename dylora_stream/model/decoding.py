@@ -105,13 +105,18 @@ def _following(
         return torch.zeros(len(targets), device=device)
     fed = torch.tensor([target[:-1] + [0] * (length + 1 - len(target)) for target in targets], device=device)
     sizes = torch.tensor([len(target) - 1 for target in targets], device=device)
-    is_fed = torch.arange(length, device=device) < sizes[:, None]  # (n, length); padding on the right
+    steps = torch.arange(length, device=device)
+    is_fed = (
+        steps < sizes[:, None]
+    )  # (n, length); padding on the right, at positions that the row's model surely has
     inputs = {
         "input_ids": fed,
         "attention_mask": torch.cat(
             [tokens.attention_mask[index], is_fed.to(tokens.attention_mask.dtype)], dim=1
         ),
-        "position_ids": tokens.position_ids[index, -1:] + 1 + torch.arange(length, device=device),
+        "position_ids": tokens.position_ids[index, -1:]
+        + 1
+        + torch.minimum(steps, (sizes[:, None] - 1).clamp(min=0)),
         "past_key_values": cache,
         "use_cache": True,
     }

@@ -11,11 +11,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from dylora_stream.core.errors import DyloraError
+from dylora_stream.ops.ask import open_directly
 from dylora_stream.ops.http import SERVER_NAME, HttpConfig, family_of, port_refusal, url_of
 
 __all__ = ["Check", "Probe", "examine", "machine_probes"]
@@ -104,11 +105,11 @@ def probe_port(http: HttpConfig) -> str:
 
 def _is_ours(url: str) -> bool:
     try:
-        with urlopen(url, timeout=2) as response:  # noqa: S310 - http, as written above
+        with open_directly(url, timeout=2) as response:
             return str(response.headers["Server"]).startswith(SERVER_NAME)
     except HTTPError as error:
         return str(error.headers["Server"]).startswith(SERVER_NAME)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 

@@ -1,9 +1,9 @@
 """One serve and one learn on one machine: started, watched, restarted, ended together.
 
 Each role runs in a session of its own, so that Ctrl-C reaches it once, through here. It holds the read end of a pipe
-and ends when that closes, so it cannot outlive this process, however this process ends. A role that falls is started
-again with back-off while the other goes on; a wrong setting or a model that does not load ends all, because a restart
-would not mend it.
+and ends when that closes, so it cannot outlive this process, however this process ends. A role that falls, or that
+somebody drained by itself, is started again with back-off while the other goes on; a wrong setting or a model that does
+not load ends all, because a restart would not mend it.
 
 The end: 1 SIGTERM to both · 2 wait for the deadline · 3 SIGKILL to what is left. A second signal skips the waiting.
 """
@@ -88,7 +88,7 @@ class Supervisor:
         code = running.process.poll()
         if code is None:
             return
-        if code in (0, *HOPELESS):
+        if code in HOPELESS:
             self._exit_code = code
             return
         running.falls = 1 if now_s - running.started_s > STEADY_S else running.falls + 1

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_adapter, tiny_hybrid, tiny_llama
+from models import random_adapter, tiny_gpt2, tiny_hybrid, tiny_llama
 
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
@@ -58,3 +59,19 @@ def test_choices_are_ranked_as_in_whole_passes(backbone: Backbone, pool: Pool, r
         losses = row_losses(backbone, [LabelledText(input=text, output=choice) for choice in CHOICES])
         assert index == int(losses.argmin())
     assert best == [best[row % len(TEXTS)] for row in range(rows)]
+
+
+def test_choices_of_a_short_prompt_fit_beside_a_long_prompt(tmp_path: Path) -> None:
+    """Where positions are learned there are only so many, and padding behind a long prompt takes none of them."""
+    config = ModelConfig(name="tiny", dtype="float32", stem_layers=2, feature_layers=2, threads=1)
+    backbone = load_backbone(config, tiny_gpt2(tmp_path))
+    pool = Pool(backbone, PoolConfig(slots=1, rank=4))
+    texts, choices = ["x" * 450, "x"], [["a", "b"], ["a" * 90, "b" * 90]]
+    targets = [backbone.target_ids(each) for each in choices]
+    together = rank_choices(backbone, pool, backbone.encode(texts), targets)
+    alone = [
+        rank_choices(backbone, pool, backbone.encode([text]), [own])[0]
+        for text, own in zip(texts, targets, strict=True)
+    ]
+    pool.close()
+    assert together == alone

@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -262,3 +263,30 @@ def test_a_closed_port_is_free_again() -> None:
             ask(f"{opened.address}/stats")
         with socket.create_server(("127.0.0.1", number)):
             pass
+
+
+def test_a_daemon_is_asked_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a record says is not for the proxy that this machine's other programs use."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with port() as opened:
+        assert ask(f"{opened.address}/stats") == rows()
+
+
+def test_a_port_where_no_http_is_spoken_is_another_programs() -> None:
+    """Said in a line, by whoever asks and by the doctor."""
+
+    def greet(server: socket.socket) -> None:
+        for _ in range(2):
+            connection, _address = server.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                connection.recv(1024)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        threading.Thread(target=greet, args=(server,), daemon=True).start()
+        with pytest.raises(DyloraError, match="nothing answers"):
+            ask(f"http://127.0.0.1:{number}/stats")
+        with pytest.raises(DyloraError, match="another program has it"):
+            probe_port(HttpConfig(port=number))

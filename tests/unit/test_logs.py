@@ -100,6 +100,15 @@ def test_a_librarys_line_goes_the_same_way() -> None:
     )
 
 
+def test_no_level_shows_what_the_brokers_client_says_of_its_settings() -> None:
+    """At debug it would tell the password."""
+    stream = io.StringIO()
+    configure_logs(LogConfig(libraries="debug"), "serve-0", stream)
+    logging.getLogger("kafka.admin.client").debug("configuration: %s", {"sasl_plain_password": "hunter2"})
+    logging.getLogger("kafka.client").debug("chatter")
+    assert [line["message"] for line in lines(stream)] == ["chatter"]
+
+
 def test_what_a_record_says_is_hidden_above_debug() -> None:
     """A forgotten `input=` does not put a customer's text into the logs."""
     stream = io.StringIO()

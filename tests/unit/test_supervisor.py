@@ -3,6 +3,7 @@
 Reading that pipe to its end waits until nobody is left who could write; one `os.write` a line keeps lines whole.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def drain(*_):
     os.write(1, b"steady drained\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, drain)
-os.write(1, f"steady started {os.getsid(0) == os.getpid()}\\n".encode())
+os.write(1, f"steady started {os.getsid(0) == os.getpid()} {os.getpid()}\\n".encode())
 sys.stdin.read()
 os.write(1, b"steady orphaned\\n")
 """
@@ -87,7 +88,7 @@ def rest(process: "subprocess.Popen[str]") -> str:
 def test_a_role_has_its_own_session() -> None:
     """Ctrl-C reaches it once, through the supervisor."""
     with supervising(STEADY) as process:
-        assert lines(process, "steady", 1) == ["steady started True"]
+        assert lines(process, "steady", 1)[0].startswith("steady started True")
 
 
 def test_a_fallen_role_is_restarted_with_back_off_while_the_other_goes_on(tmp_path: Path) -> None:
@@ -100,6 +101,17 @@ def test_a_fallen_role_is_restarted_with_back_off_while_the_other_goes_on(tmp_pa
     assert times[2] - times[1] >= 1.0
     assert "steady drained" in after
     assert "steady started" not in after
+
+
+def test_a_role_that_was_drained_by_itself_is_started_again() -> None:
+    """Its end is well, but nobody told the daemon to end."""
+    with supervising(STEADY, STEADY.replace("steady", "other")) as process:
+        started = lines(process, ("steady started", "other started"), 2)
+        (other,) = [line for line in started if line.startswith("other")]
+        os.kill(int(other.split()[-1]), signal.SIGTERM)
+        lines(process, "other started", 1)
+        process.send_signal(signal.SIGTERM)
+        assert "steady drained" in rest(process)
 
 
 @pytest.mark.parametrize("code", [2, 5], ids=["wrong-setting", "no-model"])
