@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dylora_stream.bench.novelty.script import FLOOD, OUTLIER, REPEAT, Script, o
 from dylora_stream.bench.novelty.tables import show
 from dylora_stream.bench.novelty.tally import tally
 from dylora_stream.bench.novelty.trained import score_all
-from dylora_stream.bench.store import Store
+from dylora_stream.bench.store import Store, digest
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, answer_size, feature_space, row_size
@@ -194,9 +194,21 @@ def _told_of(texts: tuple[str, ...], made: list[LabelledText]) -> list[LabelledT
 
 @contextmanager
 def _folder(run: _Run) -> Iterator[Path]:
-    """Where the stream's jobs and experts lie: kept where experts are trained, so that no training is done twice."""
+    """Where the stream's jobs and experts lie: kept where experts are trained, so that no training is done twice.
+
+    A job's own digest holds what changes while a daemon lives; the folder's name holds the rest.
+    """
     if run.config.is_training:
-        yield run.work / "stream" / feature_space(run.backbone)
+        settings, backbone = run.settings, run.backbone
+        ground = digest(
+            stem=backbone.stem_layers,
+            dtype=str(backbone.dtype),
+            attention=settings.model.attention,
+            template=backbone.template.text,
+            router=asdict(settings.router),
+            novelty=asdict(settings.novelty),
+        )
+        yield run.work / "stream" / f"{feature_space(backbone)}-{ground}"
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)

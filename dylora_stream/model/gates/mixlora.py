@@ -1,7 +1,7 @@
 """Conditional MixLoRA (2402.15896): a row's input chooses A-factors, and with them B-factors, out of all experts'.
 
     p_A = top-r softmax of W_A z                over the E·r A-factors; z: pooled input
-    p_B = top-r softmax of W_B z + W_C (p_Aᵀ W_A / r)      the second term is the condition on the chosen A-factors
+    p_B = top-r softmax of W_B z + W_C (p_Aᵀ W_A)          the second term is the condition on the chosen A-factors
     g_i = r p_A,i · r p_B,i
 
 Against the paper: factors are chosen once a row, from the stem's features, not at every layer; the condition reads the
