@@ -411,7 +411,7 @@ def test_a_folder_that_cannot_be_written_ends_a_run_in_one_line(tmp_path: Path) 
     store = Store(tmp_path / "file")
     assert store.value("cells", "a") is None
     assert store.tensors("cells", "a") is None
-    with pytest.raises(StoreError, match="--work a folder that can"):
+    with pytest.raises(StoreError, match="name a folder that can .--work"):
         store.put_value("cells", "a", 1)
-    with pytest.raises(StoreError, match="--work a folder that can"):
+    with pytest.raises(StoreError, match="name a folder that can .--work"):
         store.put_tensors("cells", "a", {"x": torch.zeros(1)})
