@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 import structlog
@@ -121,7 +122,7 @@ def learn(settings: Settings, *, is_supervised: bool = False) -> None:
 
 
 def child(settings: Settings) -> None:
-    """Work through job folders named on standard input until it closes. No Kafka client, no database.
+    """Work through job folders named on standard input; when that closes, end. No Kafka client, no database.
 
     SIGTERM is for learn, which ends its child by itself: a service manager that sends it to every process of a service
     would have jobs fail that are to be taken up again.
@@ -134,10 +135,28 @@ def child(settings: Settings) -> None:
     serve_jobs(
         lambda: load_backbone(settings.model_copy(update={"model": quiet})),
         router_parts(settings),
-        sys.stdin,
+        _lines_while_open(),
         sys.stdout,
         settings.router,
     )
+
+
+def _lines_while_open() -> Iterator[str]:
+    """Lines of standard input. With its end the process ends, in the middle of a job too: learn is gone, and a new one
+    has it done anew while this one would keep a core from it.
+    """
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        # Not `sys.stdin`, whose lock Python's own end would find taken.
+        with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stdin:
+            for line in stdin:
+                lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True, name="jobs").start()
+    while True:
+        yield lines.get()
 
 
 def supervise(settings: Settings) -> int:

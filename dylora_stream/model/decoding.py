@@ -21,6 +21,7 @@ DROP_SHARE = (
 )
 CHOICE_ROWS = 64  # rows of one pass over choices: bounds the copies of prompts' caches
 CHOICE_TOKENS = 2048  # of such a pass, padding included: 1 GB of logits over a vocabulary of 49,000
+CHOICE_POSITIONS = 32_768  # of such a pass, the prompts' copies included: SmolLM2-135M keeps 23 kB for each
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def rank_choices(
     last, cache = backbone.next_logits(tokens.inputs())
     first = last.float().log_softmax(-1)  # (B, V): the choices' first tokens need no pass of their own
     scores = [0.0] * len(targets)
-    for numbers in _passes([len(target) for target in targets]):
+    for numbers in _passes([len(target) for target in targets], tokens.input_ids.shape[1]):
         part = [targets[number] for number in numbers]
         index = torch.tensor([owners[number] for number in numbers], device=tokens.input_ids.device)
         sums = first[index, torch.tensor([target[0] for target in part], device=index.device)]
@@ -83,12 +84,13 @@ def rank_choices(
     return best
 
 
-def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of choices, short ones first, as many to a pass as its rows and tokens allow."""
+def _passes(lengths: Sequence[int], prompt: int) -> list[list[int]]:
+    """Numbers of choices, short ones first, as many to a pass as fit behind copies of a prompt of so many tokens."""
     passes: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        rows = len(passes[-1]) if passes else CHOICE_ROWS
-        if rows >= CHOICE_ROWS or (rows + 1) * lengths[number] > CHOICE_TOKENS:
+        length = lengths[number]
+        most = min(CHOICE_ROWS, CHOICE_TOKENS // length, CHOICE_POSITIONS // (prompt + length))
+        if not passes or len(passes[-1]) >= most:
             passes.append([])
         passes[-1].append(number)
     return passes

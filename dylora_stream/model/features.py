@@ -50,7 +50,7 @@ from dylora_stream.model.identity import FEATURE_VERSION, feature_space_name
 __all__ = [
     "FEATURE_VERSION", "SKETCH_SIZE", "EarlyPool", "LabelledText", "StemReading", "answer_batches", "answer_rows",
     "answer_size", "feature_rows", "feature_space", "length_sorted", "longest_row", "read_rows", "read_states",
-    "read_stem", "row_size", "states_behind", "stem_features",
+    "read_stem", "row_size", "split_by_tokens", "states_behind", "stem_features",
 ]  # fmt: skip
 
 SKETCH_SIZE = 512  # numbers of an answer sketch
@@ -241,14 +241,21 @@ def answer_batches(
     lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
     parts: list[list[int]] = []
     for chosen in length_sorted(lengths, batch):
-        parts.append([])
-        tokens = 0
-        for row in chosen:
-            if parts[-1] and tokens + len(targets[row]) > PASS_ANSWER_TOKENS:
-                parts.append([])
-                tokens = 0
-            parts[-1].append(row)
-            tokens += len(targets[row])
+        places = split_by_tokens([len(targets[row]) for row in chosen], PASS_ANSWER_TOKENS)
+        parts += [[chosen[place] for place in part] for part in places]
+    return parts
+
+
+def split_by_tokens(counts: Sequence[int], most: int) -> list[list[int]]:
+    """Places of a batch in order, in parts of at most so many tokens; a row with more is a part of its own."""
+    parts: list[list[int]] = []
+    tokens = 0
+    for place, count in enumerate(counts):
+        if not parts or tokens + count > most:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(place)
+        tokens += count
     return parts
 
 

@@ -10,7 +10,7 @@ is returned as it is when asked for again.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,16 +44,16 @@ MAX_EXEMPLARS = 256  # stored training rows of an expert, for the routers of lat
 def serve_jobs(
     load: Callable[[], Backbone],
     parts: RouterParts,
-    stdin: TextIO,
+    folders: Iterable[str],
     stdout: TextIO,
     routing: RoutingConfig | None = None,
 ) -> None:
-    """Work through job folders named on `stdin`, a line each, until it ends; JSON lines on `stdout`.
+    """Work through job folders, one a line, until there are no more; JSON lines on `stdout`.
 
     The backbone is loaded at the first job. A job that fails ends with an `error` line, and the next one is taken.
     """
     backbone: Backbone | None = None
-    for line in filter(None, map(str.strip, stdin)):
+    for line in filter(None, map(str.strip, folders)):
         say = _speaker(stdout, Path(line).name)
         try:
             backbone = backbone or load()

@@ -30,18 +30,21 @@ from dylora_stream.model.features import (
     answer_batches,
     length_sorted,
     longest_row,
+    split_by_tokens,
     states_behind,
 )
 
 __all__ = [
-    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "row_losses", "score_rows",
-    "train_expert",
+    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "score_rows", "train_expert",
 ]  # fmt: skip
 
 STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
 PROOF_ROWS = 2  # shortest rows, and as many longest ones: the proof is passes that train nothing
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
 SCORE_BATCH = 16  # rows of one scoring pass
+STEP_ANSWER_TOKENS = (
+    512  # of one pass of a step, 1 GB over a vocabulary of 49,000: its logits' gradients are kept too
+)
 
 Progress = Callable[[int, int, float], None]
 Gate = Callable[[list[int], Tokens], AbstractContextManager[Any]]
@@ -150,12 +153,16 @@ def train_expert(
     with joined, stem or nullcontext(), torch.enable_grad():
         for chosen in _batches(usable, recipe, order):
             _set_rate(optimizer, rate_at(len(losses), steps, recipe), recipe)
-            tokens = _padded(backbone, [usable[row] for row in chosen])
-            if stem is not None:
-                stem.put(chosen, tokens)
-            loss = _loss(backbone, tokens, pairs, company)
-            _update(loss, optimizer, recipe)
-            losses.append(float(loss.detach()))
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(0.0)
+            for part, share in _passes(usable, chosen, company):
+                tokens = _padded(backbone, [usable[row] for row in part])
+                if stem is not None:
+                    stem.put(part, tokens)
+                loss = _loss(backbone, tokens, pairs, company) * share
+                loss.backward()
+                losses[-1] += float(loss.detach())
+            _update(optimizer, recipe)
             if company is not None:
                 company.stepped()
             if options.progress is not None:
@@ -173,13 +180,6 @@ def train_expert(
         seconds=seconds,
         is_stem_cached=stem is not None,
     )
-
-
-def row_losses(
-    backbone: Backbone, rows: Sequence[LabelledText], adapter: Adapter | None = None
-) -> np.ndarray:
-    """(n,) float32 mean loss of each row's answer tokens, under the backbone or one adapter alone."""
-    return score_rows(backbone, rows, adapter).losses
 
 
 @torch.no_grad()
@@ -356,9 +356,7 @@ def _loss(backbone: Backbone, tokens: Tokens, pairs: Pairs, company: Company | N
     return loss if penalty is None else loss + penalty
 
 
-def _update(loss: Tensor, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def _update(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     optimizer.step()
@@ -375,6 +373,20 @@ def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -
             batches += [part[at : at + recipe.batch_size] for at in range(0, len(part), recipe.batch_size)]
         for index in order.permutation(len(batches)):
             yield batches[index]
+
+
+def _passes(
+    rows: Sequence[_Row], chosen: list[int], company: Company | None
+) -> list[tuple[list[int], float]]:
+    """A step's rows, as many to a pass as its answer tokens allow, and each pass's share of these.
+
+    A company's gates and penalty are of the whole step: its rows stay together.
+    """
+    counts = [len(rows[row].target) for row in chosen]
+    if company is not None or sum(counts) <= STEP_ANSWER_TOKENS:
+        return [(chosen, 1.0)]
+    parts = [[chosen[place] for place in part] for part in split_by_tokens(counts, STEP_ANSWER_TOKENS)]
+    return [(part, sum(len(rows[row].target) for row in part) / sum(counts)) for part in parts]
 
 
 def _adapter(pairs: Pairs, scale: float) -> Adapter:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from dylora_stream.core.errors import ExpertCorrupt, ModelError, ModelNotFound, SettingsError, TrainingFailed
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model import attention as attending
+from dylora_stream.model import training
 from dylora_stream.model.adapters import load_adapter, save_adapter
 from dylora_stream.model.backbone import (
     IGNORED,
@@ -53,7 +54,6 @@ from dylora_stream.model.training import (
     Trained,
     TrainingOptions,
     fitting,
-    row_losses,
     score_rows,
     train_expert,
 )
@@ -227,7 +227,7 @@ def test_a_pass_over_long_answers_holds_fewer_rows(backbone: Backbone) -> None:
         scored, read = score_rows(backbone, rows), answer_rows(backbone, rows)
     assert len(passes) > 2
     assert max(passes) <= PASS_ANSWER_TOKENS
-    alone = np.concatenate([row_losses(backbone, [row]) for row in rows])
+    alone = np.concatenate([score_rows(backbone, [row]).losses for row in rows])
     np.testing.assert_allclose(scored.losses, alone, rtol=1e-4)
     assert np.isfinite(read).all()
 
@@ -244,11 +244,11 @@ def test_rows_that_are_too_long_are_left_out_of_training(backbone: Backbone) -> 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(backbone: Backbone) -> None:
     """The expert predicts its rows better, and no weight, hook or gradient stays behind."""
-    before, losses = weights_of(backbone), row_losses(backbone, ROWS)
+    before, losses = weights_of(backbone), score_rows(backbone, ROWS).losses
     trained = train_expert(backbone, ROWS, RECIPE, TrainingOptions(seed=2))
-    assert row_losses(backbone, ROWS, trained.adapter).mean() < losses.mean() - 0.5
+    assert score_rows(backbone, ROWS, trained.adapter).losses.mean() < losses.mean() - 0.5
     assert all(torch.equal(old, new) for old, new in zip(before, weights_of(backbone), strict=True))
-    assert np.array_equal(row_losses(backbone, ROWS), losses)
+    assert np.array_equal(score_rows(backbone, ROWS).losses, losses)
     assert all(not module._forward_hooks for module in backbone.upper_linears().values())
 
 
@@ -344,13 +344,28 @@ def test_progress_is_told_at_every_step(backbone: Backbone) -> None:
     assert seen == [(step, 6) for step in range(1, 7)]
 
 
+def test_a_step_over_long_answers_takes_several_passes(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and their gradients are held of so many answer tokens at once; steps are those of all their rows."""
+    recipe = Recipe(epochs=3, batch_size=len(ROWS))
+    whole = train_expert(backbone, ROWS, recipe, TrainingOptions(seed=1))
+    monkeypatch.setattr(training, "STEP_ANSWER_TOKENS", 16)
+    with answer_tokens_a_pass(backbone) as passes:
+        parted = train_expert(backbone, ROWS, recipe, TrainingOptions(seed=1))
+    assert len(passes) > recipe.epochs
+    assert max(passes) <= 16
+    assert parted.losses == pytest.approx(whole.losses, rel=1e-3)
+    assert whole.losses[-1] < whole.losses[0]
+
+
 def test_a_later_version_starts_where_the_earlier_one_stands(backbone: Backbone, trained: Trained) -> None:
     """The first step's loss is the earlier version's, and the rank is kept."""
     recipe = Recipe(rate=1e-5, epochs=1, batch_size=len(ROWS), rank=4, alpha=8.0)
     later = train_expert(backbone, ROWS, recipe, TrainingOptions(seed=5, start=trained.adapter))
     tokens = backbone.encode([row.input for row in ROWS], [row.output for row in ROWS])
     counts = (tokens.labels != IGNORED).sum(1).numpy()
-    expected = np.average(row_losses(backbone, ROWS, trained.adapter), weights=counts)
+    expected = np.average(score_rows(backbone, ROWS, trained.adapter).losses, weights=counts)
     assert later.adapter.rank == 4
     assert later.losses[0] == pytest.approx(expected, abs=1e-4)
 

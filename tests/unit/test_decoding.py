@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from models import random_adapter, tiny_gpt2, tiny_hybrid, tiny_llama
 
+from dylora_stream.model import decoding
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
 from dylora_stream.model.decoding import generate, rank_choices
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.mixture import Pool
-from dylora_stream.model.training import row_losses
+from dylora_stream.model.training import score_rows
 
 TEXTS = ["one two three", "a", "a longer text than the others are", "??", "x y"]
 CHOICES = ["yes", "no way", "perhaps, or so", "a", ""]
@@ -56,9 +58,30 @@ def test_choices_are_ranked_as_in_whole_passes(backbone: Backbone, pool: Pool, r
     texts = [TEXTS[row % len(TEXTS)] for row in range(rows)]
     best = rank_choices(backbone, pool, backbone.encode(texts), [backbone.target_ids(CHOICES) for _ in texts])
     for text, index in zip(TEXTS, best, strict=False):
-        losses = row_losses(backbone, [LabelledText(input=text, output=choice) for choice in CHOICES])
-        assert index == int(losses.argmin())
+        choices = [LabelledText(input=text, output=choice) for choice in CHOICES]
+        assert index == int(score_rows(backbone, choices).losses.argmin())
     assert best == [best[row % len(TEXTS)] for row in range(rows)]
+
+
+def test_choices_behind_a_long_prompt_hold_few_copies_of_it(
+    backbone: Backbone, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each choice of a pass has a copy of the prompt's cache: positions are bounded, not rows alone."""
+    tokens, targets = backbone.encode(TEXTS[:2]), [backbone.target_ids(CHOICES) for _ in range(2)]
+    best = rank_choices(backbone, pool, tokens, targets)
+    copies: list[int] = []
+    expanded = decoding._expanded
+
+    def counted(cache: Any, index: torch.Tensor) -> Any:
+        copies.append(len(index))
+        return expanded(cache, index)
+
+    monkeypatch.setattr(decoding, "_expanded", counted)
+    most = 2 * (tokens.input_ids.shape[1] + max(map(len, targets[0])))
+    monkeypatch.setattr(decoding, "CHOICE_POSITIONS", most)
+    assert rank_choices(backbone, pool, tokens, targets) == best
+    assert sum(copies) == sum(map(len, targets))
+    assert max(copies) <= most // tokens.input_ids.shape[1]
 
 
 def test_choices_of_a_short_prompt_fit_beside_a_long_prompt(tmp_path: Path) -> None:

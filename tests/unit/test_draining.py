@@ -98,6 +98,23 @@ def test_the_training_child_is_ended_by_learn_and_by_no_signal(monkeypatch: pyte
     assert dispositions == [signal.SIG_IGN]
 
 
+def test_the_training_child_ends_with_learn_in_the_middle_of_a_job() -> None:
+    """Learn may be killed: its pipe closes, and nobody is to hear of what the child is at."""
+    script = (
+        "import sys, time\nfrom dylora_stream.bootstrap.roles import _lines_while_open\n"
+        "for line in _lines_while_open():\n    print(line, end='', flush=True)\n    time.sleep(600)\n"
+    )
+    command = (sys.executable, "-c", script)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print("jobs/first", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "jobs/first\n"
+        process.stdin.close()
+        process.stdin = None
+        assert process.wait(20) == 0
+
+
 def test_a_second_signal_ends_at_once() -> None:
     """Without waiting for the deadline."""
     with role(is_obedient=False, deadline_s=60.0) as process:
