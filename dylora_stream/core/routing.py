@@ -2,9 +2,9 @@
 
 The hybrid rule is the paper's. A mature winner takes its row alone (SPARSE). A nascent winner shares it with the next
 experts and with the backbone, a permanent null expert that has no blocks (DENSE): its weights are young, and a share
-for the backbone limits what a bad one can do. A mature winner with a nascent one close behind shares as well, so that
-a young expert is not starved by an established neighbour. A row far outside of every expert is the backbone's
-(BACKBONE).
+for the backbone limits what a bad one can do. A mature winner shares as well with a nascent expert that is close behind
+and has a seat, so that a young one is not starved by an established neighbour. A row far outside of every expert is the
+backbone's (BACKBONE).
 """
 
 from dataclasses import dataclass
@@ -115,11 +115,13 @@ def decide(
     masked[~has_expert] = 0.0
     posterior = softmax(masked / config.temperature_dense)  # (n, E)
     winner = masked.argmax(axis=1)
-    nascent_near = np.where(is_mature[None], 0.0, posterior).max(axis=1) >= config.close_share
+    best = np.argsort(-posterior, axis=1, kind="stable")[:, : config.top_k - 1]  # who has a seat
+    shares = np.take_along_axis(posterior, best, axis=1)
+    nascent_near = (~is_mature[best] & (shares >= config.close_share)).any(axis=1)
     is_sparse = has_expert & is_mature[winner] & ~nascent_near
     is_dense = has_expert & ~is_sparse
 
-    members, weights = _share(posterior, config)
+    members, weights = _share(best, shares, config)
     members[is_sparse, 0] = winner[is_sparse]
     for mask in (is_sparse, ~has_expert):
         weights[mask] = 0.0
@@ -132,12 +134,9 @@ def decide(
     return Routing(members, weights.astype(np.float32), tuple(Policy(policy) for policy in policies.tolist()))
 
 
-def _share(posterior: np.ndarray, config: RoutingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Members (n, top_k) and weights (n, top_k) of dense rows: the best experts and the backbone, by weight."""
-    rows, experts = posterior.shape
-    seats = min(config.top_k - 1, experts)
-    best = np.argsort(-posterior, axis=1, kind="stable")[:, :seats]
-    shares = np.take_along_axis(posterior, best, axis=1)
+def _share(best: np.ndarray, shares: np.ndarray, config: RoutingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Members (n, top_k) and weights (n, top_k) of dense rows: the best experts (n, m) and the backbone, by weight."""
+    rows, seats = best.shape
     shares = shares / shares.sum(axis=1, keepdims=True) * (1.0 - config.null_share)
     members = np.full((rows, config.top_k), NULL_EXPERT, dtype=np.int64)
     weights = np.zeros((rows, config.top_k))

@@ -1,5 +1,7 @@
 """The hybrid rule: dense, sparse, backbone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,16 @@ def test_an_unsure_nascent_winner_shares_its_row_with_an_established_expert() ->
 def test_a_mature_winner_shares_with_a_nascent_expert_close_behind() -> None:
     """Dense where the nascent one is near, sparse where it is far."""
     assert route([[10.0, 9.0], [SURE, 0.0]], [True, False]).policies == (Policy.DENSE, Policy.SPARSE)
+
+
+def test_a_nascent_expert_without_a_seat_costs_a_mature_winner_nothing() -> None:
+    """With one seat beside the backbone there is nobody to share with: the row stays sparse."""
+    narrow = replace(CONFIG, top_k=2)
+    logits, is_mature = np.array([[10.0, 9.0], [9.0, 10.0]]), np.array([True, False])
+    routing = decide(logits, is_mature, np.zeros(2, bool), np.ones((2, 2), bool), narrow)
+    assert routing.policies == (Policy.SPARSE, Policy.DENSE)
+    assert routing.members(0) == [(0, 1.0)]
+    assert [expert for expert, _ in routing.members(1)] == [1, NULL_EXPERT]
 
 
 def test_a_row_outside_of_every_expert_goes_to_the_backbone() -> None:
