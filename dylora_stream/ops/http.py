@@ -9,15 +9,18 @@
 
 A thread of the standard library's server; it knows no Kafka and no model, only the callables that it is given. Those
 are called from its threads: whoever gives a `score` that is not thread-safe wraps it. It has no authentication, so it
-listens on loopback unless told otherwise.
+listens on loopback unless told otherwise, and there answers no page of another site, which a browser would let ask
+under a name that its owner points here (DNS rebinding).
 """
 
 import errno
+import ipaddress
 import json
 import math
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +40,9 @@ METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 SERVER_NAME = "dylora-stream"  # what the doctor recognises a running daemon by
 LAST_PORT = 65_534  # there is one more, for learn
 REQUEST_TIMEOUT_S = 10.0  # a client that sends nothing for so long is let go
+CONNECTIONS = 64  # a thread each; more are told to come back
+SCORES = 8  # inputs that wait for the model at once, so that health and metrics always find a thread
+LENGTH_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +126,12 @@ class HttpPort:
     """
 
     def __init__(self, config: HttpConfig, routes: HttpRoutes, *, is_next: bool = False) -> None:
-        handler = type("Handler", (_Exchange,), {"routes": routes, "max_body_bytes": config.max_body_bytes})
+        known = {
+            "routes": routes,
+            "config": config,
+            "scores": threading.BoundedSemaphore(SCORES),
+        }
+        handler = type("Handler", (_Exchange,), known)
         port = config.port + 1 if is_next and config.port else config.port
         try:
             self._server = _Server((config.host, port), handler)
@@ -138,7 +149,7 @@ class HttpPort:
         return url_of(str(host), port)
 
     def close(self) -> None:
-        """Stop listening; requests in flight are finished."""
+        """Stop listening; a request in flight ends with the process at the latest."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -147,11 +158,29 @@ class HttpPort:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = family_of(address[0])
+        self._room = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection, or, with all taken, a line."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.sendall(
+                b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+            )
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """In the connection's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""
@@ -166,10 +195,11 @@ class _Refused(Exception):
 
 
 class _Exchange(BaseHTTPRequestHandler):
-    """One request; `routes` and `max_body_bytes` are set by the port that owns the class."""
+    """One request; the port that owns the class sets these three."""
 
     routes: HttpRoutes
-    max_body_bytes: int
+    config: HttpConfig
+    scores: threading.BoundedSemaphore
     server_version = SERVER_NAME
     sys_version = ""
     timeout = REQUEST_TIMEOUT_S
@@ -185,6 +215,7 @@ class _Exchange(BaseHTTPRequestHandler):
     def _answer(self, exchange: Callable[[], None]) -> None:
         """Every exchange ends with an answer, but for a client that is gone."""
         try:
+            self._admit()
             exchange()
         except ExpertUnknown as error:
             self._refuse(HTTPStatus.NOT_FOUND, str(error))
@@ -199,6 +230,15 @@ class _Exchange(BaseHTTPRequestHandler):
         except Exception as error:  # noqa: BLE001 - whoever asks is told, whatever it is
             log.warning("http_failed", path=self.path, kind=type(error).__name__)
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"unexpected {type(error).__name__}: {error}")
+
+    def _admit(self) -> None:
+        """On loopback, who asks by a name of their own is a browser that was led here."""
+        name = _host_of(self.headers.get("Host", self.config.host))
+        if _is_local(self.config.host) and name != self.config.host and not _is_local_name(name):
+            raise _Refused(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                "this port is asked by its address or localhost, by no other name",
+            )
 
     def _shown(self) -> None:
         path = self.path.partition("?")[0]
@@ -232,7 +272,14 @@ class _Exchange(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "this role has no model; ask a serve worker")
         if not self.routes.health().is_ready:
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is not ready yet")
-        return self.routes.score(text, tenant)
+        if not self.scores.acquire(blocking=False):
+            raise _Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"{SCORES} inputs wait already: come back in a second"
+            )
+        try:
+            return self.routes.score(text, tenant)
+        finally:
+            self.scores.release()
 
     def _retired(self) -> str:
         if self.headers.get_content_type() != "application/json":
@@ -248,13 +295,13 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit():
+        if not (length.isascii() and length.isdigit()):
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
-        if int(length) > self.max_body_bytes:
+        if len(length) > LENGTH_DIGITS or int(length) > self.config.max_body_bytes:
             self.close_connection = True
             raise _Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body may have {self.max_body_bytes} bytes, not {length}",
+                f"the body may have {self.config.max_body_bytes} bytes, not {length[:LENGTH_DIGITS]}",
             )
         return self.rfile.read(int(length))
 
@@ -275,6 +322,30 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name for it
         """Scrapes every few seconds are not worth a log line."""
+
+
+def _host_of(header: str) -> str:
+    """The name or address of a Host header, without its port and an IPv6 address's brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0] if header.count(":") <= 1 else header
+
+
+def _is_local(host: str) -> bool:
+    """Whether a host to listen on is this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_local_name(name: str) -> bool:
+    """An address, which nobody can point elsewhere, or the name that every machine has for itself."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() == "localhost"
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,8 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, Set
 from dylora_stream.core.messages import Novelty
 from dylora_stream.ops.ask import ask
 from dylora_stream.ops.doctor import probe_port
-from dylora_stream.ops.http import Health, HttpConfig, HttpPort, HttpRoutes, Score
+from dylora_stream.ops.http import CONNECTIONS, SCORES, Health, HttpConfig, HttpPort, HttpRoutes, Score
 from dylora_stream.stream.broker import free_port
 
 BUSY = "dictionary changed size during iteration"
@@ -74,6 +75,20 @@ def port(
         yield opened
     finally:
         opened.close()
+
+
+def address_of(opened: HttpPort) -> tuple[str, int]:
+    """Where to connect."""
+    host, _, number = opened.address.removeprefix("http://").rpartition(":")
+    return host, int(number)
+
+
+def until_answered(opened: HttpPort) -> Any:
+    """What `/stats` says once there is a thread for it; pytest's time limit is the only other end."""
+    while True:
+        status, found = call(opened, "GET", "/stats")
+        if status == 200:
+            return found
 
 
 def call(
@@ -165,6 +180,72 @@ def test_a_body_without_length_is_refused() -> None:
     with port() as opened:
         found, _ = call(opened, "POST", "/novelty", None, **{"Transfer-Encoding": "chunked"})
         assert found == 411
+
+
+@pytest.mark.parametrize(("length", "status"), [("²", 411), ("-1", 411), ("9" * 5000, 413)])
+def test_an_odd_length_is_refused(length: str, status: int) -> None:
+    """Whatever Python takes for a number."""
+    with port() as opened, socket.create_connection(address_of(opened)) as client:
+        client.sendall(f"POST /novelty HTTP/1.0\r\nContent-Length: {length}\r\n\r\n".encode("latin-1"))
+        assert client.recv(100).split()[1] == str(status).encode()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:9464", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:9464", 200),
+        ("metrics.example.com", 421),
+        ("", 421),
+    ],
+)
+def test_a_page_of_another_site_learns_nothing(host: str, status: int) -> None:
+    """A browser asks loopback under the name that the site's owner has pointed here."""
+    with port() as opened:
+        assert call(opened, "GET", "/stats", Host=host)[0] == status
+
+
+def test_a_port_for_every_interface_is_asked_by_any_name() -> None:
+    """A container's, as its network knows it."""
+    with port(host="0.0.0.0") as opened:
+        assert call(opened, "GET", "/stats", Host="dylora:9464")[0] == 200
+
+
+def test_inputs_that_wait_for_the_model_leave_room_for_health() -> None:
+    """So many wait; one more is told to come back, and a probe is answered as ever."""
+    is_free, waiting = threading.Event(), threading.Semaphore(0)
+
+    def slow(text: str, tenant: str) -> Novelty:
+        waiting.release()
+        is_free.wait(20)
+        return novelty_of(text, tenant)
+
+    body = json.dumps({"input": "x"}).encode()
+    with port(score=slow) as opened, ThreadPoolExecutor(SCORES) as pool:
+        try:
+            asked = [pool.submit(call, opened, "POST", "/novelty", body) for _ in range(SCORES)]
+            for _ in asked:
+                assert waiting.acquire(timeout=20)
+            found, answer = call(opened, "POST", "/novelty", body)
+            assert (found, "come back" in answer["error"]) == (503, True)
+            assert call(opened, "GET", "/healthz")[0] == 200
+        finally:
+            is_free.set()
+        assert {each.result()[0] for each in asked} == {200}
+        assert call(opened, "POST", "/novelty", body)[0] == 200
+
+
+def test_more_connections_than_threads_are_told_to_come_back() -> None:
+    """Clients that hold on to connections do not use up the daemon."""
+    with port() as opened, ExitStack() as held:
+        for _ in range(CONNECTIONS):
+            client = held.enter_context(socket.create_connection(address_of(opened)))
+            client.sendall(b"GET /stats")
+        with socket.create_connection(address_of(opened)) as refused:
+            assert refused.recv(100).split()[1] == b"503"
+        held.close()
+        assert "rows" in until_answered(opened)
 
 
 def test_unknown_paths_are_told_what_there_is() -> None:
