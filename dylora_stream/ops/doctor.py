@@ -47,7 +47,7 @@ def machine_probes(folder: Path, http: HttpConfig, threads: int) -> dict[str, Pr
         "python": probe_python,
         "cores": lambda: probe_cores(threads),
         "data folder": lambda: probe_folder(folder),
-        "http port": lambda: probe_port(http),
+        "http ports": lambda: probe_ports(folder, http),
     }
 
 
@@ -88,22 +88,33 @@ def probe_folder(folder: Path) -> str:
     return f"{folder.absolute()}, {free / 1e9:.0f} GB free"
 
 
-def probe_port(http: HttpConfig) -> str:
-    """The operator's port is free, or already ours."""
+def probe_ports(folder: Path, http: HttpConfig) -> str:
+    """The operator's two ports are free, or taken by the daemon of this data folder."""
     if not http.is_enabled or http.port == 0:
-        return "off" if not http.is_enabled else "any free one"
+        return "off" if not http.is_enabled else "any free ones"
+    ports = {"serve": http.port, "learn": http.port + 1}
+    return ", ".join(_port_of(role, port, folder, http.host) for role, port in ports.items())
+
+
+def _port_of(role: str, port: int, folder: Path, host: str) -> str:
     try:
-        with socket.socket(family_of(http.host)) as probe:
+        with socket.socket(family_of(host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((http.host, http.port))
+            probe.bind((host, port))
     except OSError as error:
-        if _is_ours(f"{url_of(http.host, http.port)}/healthz"):
-            return f"{http.host}:{http.port} is ours: a daemon is running"
-        raise DyloraError(port_refusal(http.host, http.port, error)) from error
-    return f"{http.host}:{http.port} is free"
+        told = folder / f"{role}.http"
+        if not _is_daemon(f"{url_of(host, port)}/healthz"):
+            raise DyloraError(port_refusal(host, port, error)) from error
+        if not told.is_file() or told.read_text().rpartition(":")[2] != str(port):
+            raise DyloraError(
+                f"http.port {port}, for {role}, is taken by a daemon that {folder} is not the data folder of: "
+                "set another http.port here, or 0 for any free one"
+            ) from error
+        return f"{role}'s {host}:{port} is ours: a daemon is running"
+    return f"{role}'s {host}:{port} is free"
 
 
-def _is_ours(url: str) -> bool:
+def _is_daemon(url: str) -> bool:
     try:
         with open_directly(url, timeout=2) as response:
             return str(response.headers["Server"]).startswith(SERVER_NAME)
@@ -118,3 +129,5 @@ def _check(name: str, probe: Probe) -> Check:
         return Check(name=name, is_ok=True, detail=probe())
     except DyloraError as error:
         return Check(name=name, is_ok=False, detail=str(error))
+    except Exception as error:  # noqa: BLE001 - the others are run, whatever this one met
+        return Check(name=name, is_ok=False, detail=f"unexpected {type(error).__name__}: {error}")

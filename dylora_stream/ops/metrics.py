@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import Maturity, Registry
 from dylora_stream.core.messages import Answer, DeadLetter, Request, Sample
-from dylora_stream.core.ports import Clock
+from dylora_stream.core.ports import Clock, LoadFailure
 
 __all__ = ["AnsweredBatch", "Metrics"]
 
@@ -81,7 +81,13 @@ class Metrics:
         self._events = self._counter("events", "Lifecycle events by type", ["type"])
 
     def _make_gauges(self) -> None:
-        self._experts = self._gauge("experts", "Experts being served by maturity", ["maturity"])
+        self._experts = self._gauge(
+            "experts", "Experts of the registry being served, by maturity", ["maturity"]
+        )
+        self._not_loaded = self._gauge(
+            "experts_not_loaded",
+            "What of that registry could not be loaded; older versions go on in their place",
+        )
         self._registry_number = self._gauge(
             "registry_number", "Number of the registry being served, -1 before the first"
         )
@@ -135,9 +141,10 @@ class Metrics:
         """A transaction did not happen."""
         self._aborts.inc()
 
-    def activated(self, registry: Registry) -> None:
-        """A registry is being served."""
+    def activated(self, registry: Registry, failed: Sequence[LoadFailure] = ()) -> None:
+        """A registry is being served, but for what of it could not be loaded."""
         self._registry_number.set(registry.number)
+        self._not_loaded.set(len(failed))
         for maturity in Maturity:
             self._experts.labels(maturity).set(
                 sum(expert.maturity is maturity for expert in registry.experts)

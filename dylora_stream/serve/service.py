@@ -82,8 +82,11 @@ class ServeMetrics(Protocol):
     def aborted(self) -> None:
         """A transaction did not happen."""
 
-    def activated(self, registry: Registry) -> None:
-        """A registry is being served."""
+    def activated(self, registry: Registry, failed: Sequence[LoadFailure]) -> None:
+        """A registry is being served, but for what of it could not be loaded."""
+
+    def happened(self, kind: EventType) -> None:
+        """A lifecycle event was published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +253,7 @@ class ServeService:
         failed = future.result()()
         is_retry = newest.number == self.registry.number
         self._progress.registry = newest
-        self._ports.metrics.activated(newest)
+        self._ports.metrics.activated(newest, failed)
         log.info(
             "registry_activated",
             registry=newest.number,
@@ -289,3 +292,5 @@ class ServeService:
             self._ports.sink.publish([self._ports.codec.encode_event(event)])
         except TransactionAborted as error:
             log.warning("event_dropped", kind=kind, reason=str(error))
+        else:
+            self._ports.metrics.happened(kind)

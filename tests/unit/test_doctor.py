@@ -9,6 +9,11 @@ from dylora_stream.ops.doctor import examine, machine_probes, probe_cores, probe
 from dylora_stream.ops.http import HttpConfig
 
 
+def surprised() -> str:
+    """What nobody expected."""
+    raise OSError("too many open files")
+
+
 def unreachable() -> str:
     """A broker that does not answer."""
     raise BrokerUnreachable("no broker answers; start one")
@@ -16,9 +21,10 @@ def unreachable() -> str:
 
 def test_one_failing_check_does_not_hide_the_others() -> None:
     """All probes run; a failed one carries its advice."""
-    checks = examine({"broker": unreachable, "model": lambda: "smollm2"})
+    checks = examine({"broker": unreachable, "topics": surprised, "model": lambda: "smollm2"})
     assert [(check.name, check.is_ok, check.detail) for check in checks] == [
         ("broker", False, "no broker answers; start one"),
+        ("topics", False, "unexpected OSError: too many open files"),
         ("model", True, "smollm2"),
     ]
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from dylora_stream.core.errors import BadRecord, DyloraError, ExpertUnknown, SettingsError, StoreError
 from dylora_stream.core.messages import Novelty
 from dylora_stream.ops.ask import ask
-from dylora_stream.ops.doctor import probe_port
+from dylora_stream.ops.doctor import probe_ports
 from dylora_stream.ops.http import CONNECTIONS, SCORES, Health, HttpConfig, HttpPort, HttpRoutes, Score
 from dylora_stream.stream.broker import free_port
 
@@ -298,23 +299,29 @@ def test_an_expert_is_not_retired_by_accident(body: bytes, content_type: str, st
         assert call(opened, "POST", "/experts/retire", body, **headers)[0] == status
 
 
-def test_a_port_in_use_says_so() -> None:
-    """The second process on a port is told which setting to change; the doctor sees that it is ours."""
+def test_a_port_in_use_says_so(tmp_path: Path) -> None:
+    """The second process on a port is told which setting to change; the doctor sees whose it is."""
     with port() as opened:
         number = int(opened.address.rpartition(":")[2])
         with pytest.raises(SettingsError, match=f"http.port {number}"):
             HttpPort(HttpConfig(port=number), HttpRoutes(health=lambda: READY, metrics=bytes))
-        assert "ours" in probe_port(HttpConfig(port=number))
+        with pytest.raises(DyloraError, match="not the data folder of"):
+            probe_ports(tmp_path, HttpConfig(port=number))
+        (tmp_path / "serve.http").write_text(opened.address)
+        assert f":{number} is ours" in probe_ports(tmp_path, HttpConfig(port=number))
+        with pytest.raises(DyloraError, match=r"for learn, is taken|another program has it"):
+            probe_ports(tmp_path, HttpConfig(port=number - 1))
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6 on loopback")
-def test_an_ipv6_address_is_served() -> None:
+def test_an_ipv6_address_is_served(tmp_path: Path) -> None:
     """Its address has brackets, in the log and for whoever asks; the doctor recognises it."""
     with port(host="::1") as opened:
         assert opened.address.startswith("http://[::1]:")
         assert ask(f"{opened.address}/stats") == {"rows": {"waiting": 2}}
         number = int(opened.address.rpartition(":")[2])
-        assert "ours" in probe_port(HttpConfig(host="::1", port=number))
+        (tmp_path / "serve.http").write_text(opened.address)
+        assert "ours" in probe_ports(tmp_path, HttpConfig(host="::1", port=number))
 
 
 def test_a_host_that_is_not_this_machine_is_said_so() -> None:
@@ -354,7 +361,7 @@ def test_a_daemon_is_asked_directly(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(f"{opened.address}/stats") == rows()
 
 
-def test_a_port_where_no_http_is_spoken_is_another_programs() -> None:
+def test_a_port_where_no_http_is_spoken_is_another_programs(tmp_path: Path) -> None:
     """Said in a line, by whoever asks and by the doctor."""
 
     def greet(server: socket.socket) -> None:
@@ -370,4 +377,4 @@ def test_a_port_where_no_http_is_spoken_is_another_programs() -> None:
         with pytest.raises(DyloraError, match="nothing answers"):
             ask(f"http://127.0.0.1:{number}/stats")
         with pytest.raises(DyloraError, match="another program has it"):
-            probe_port(HttpConfig(port=number))
+            probe_ports(tmp_path, HttpConfig(port=number))

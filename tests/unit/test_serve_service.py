@@ -187,6 +187,9 @@ def test_what_could_not_be_loaded_is_told_with_its_reason_and_tried_again_until_
     steps_until(service, lambda: service.registry.number == 0)
     told = [(failure.name, failure.reason) for failure in (UNREACHABLE, UNFIT)]
     assert load_failures(broker) == told
+    shown = service._ports.metrics.text().decode()
+    assert "dylora_experts_not_loaded 2.0" in shown
+    assert f'dylora_events_total{{type="{EventType.EXPERT_LOAD_FAILED}"}} 2.0' in shown
 
     def tries_again_after(wait_s: float, attempts: int) -> None:
         clock.advance(wait_s - 1)
