@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 from pydantic_settings import (
@@ -72,6 +73,12 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads is {self.threads}: it must be at least 1")
+        url = urlsplit(self.experts)
+        if url.password is not None:
+            raise ValueError(
+                "experts has a password in its URL, which logs and commands would show: take it out, and set "
+                f"FSSPEC_{url.scheme.upper()}_PASSWORD in the environment instead"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from dylora_stream.bootstrap.parts import (
     load_backbone,
     mixture_answerer,
     model_path,
+    settings_within,
 )
 from dylora_stream.bootstrap.roles import child, learn, serve, supervise
 from dylora_stream.bootstrap.traffic import (
@@ -23,5 +24,5 @@ from dylora_stream.bootstrap.traffic import (
 __all__ = [
     "Heard", "ResultData", "SystemClock", "Traffic", "backbone_alone", "child", "create_topics", "demo_broker",
     "fetch_model", "learn", "load_backbone", "mixture_answerer", "model_path", "read_positions", "serve",
-    "serve_through", "supervise", "tiny_model", "trained_rows", "zero_experts",
+    "serve_through", "settings_within", "supervise", "tiny_model", "trained_rows", "zero_experts",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,23 +28,19 @@ from dylora_stream.model.backbone import Backbone, Tokens, linear_shape
 from dylora_stream.model.features import (
     LabelledText,
     answer_batches,
-    length_sorted,
     longest_row,
     split_by_tokens,
-    states_behind,
 )
+from dylora_stream.model.stem_cache import StemCache
+from dylora_stream.model.tokenised import TokenRow, padded, tokenised
 
 __all__ = [
     "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "score_rows", "train_expert",
 ]  # fmt: skip
 
-STEM_CACHE_BYTES = 512 * 2**20  # above this, recomputing costs less than the memory is worth
-PROOF_ROWS = 2  # shortest rows, and as many longest ones: the proof is passes that train nothing
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch
 SCORE_BATCH = 16  # rows of one scoring pass
-STEP_ANSWER_TOKENS = (
-    512  # of one pass of a step, 1 GB over a vocabulary of 49,000: its logits' gradients are kept too
-)
+STEP_ANSWER_TOKENS = 512  # of one pass of a step: 1 GB over a vocabulary of 49,000, gradients included
 
 Progress = Callable[[int, int, float], None]
 Gate = Callable[[list[int], Tokens], AbstractContextManager[Any]]
@@ -109,22 +105,13 @@ class RowScores:
     is_exact: np.ndarray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    prompt: list[int]
-    target: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
-
-
 def fitting(backbone: Backbone, rows: Sequence[LabelledText], recipe: Recipe) -> list[LabelledText]:
     """Rows that are trained on: answer included, within the recipe's tokens and the model's positions.
 
     One at a time: the tokens of a megabyte take many times its memory, and such a row is left out.
     """
     most = min(recipe.max_row_tokens, longest_row(backbone))
-    return [row for row in rows if len(_tokenised(backbone, [row])[0]) <= most]
+    return [row for row in rows if len(tokenised(backbone, [row])[0]) <= most]
 
 
 def train_expert(
@@ -137,7 +124,7 @@ def train_expert(
 
     Raises RowsUnlearnable when no row is usable, or the loss stops being a number.
     """
-    usable = _tokenised(backbone, fitting(backbone, rows, recipe))
+    usable = tokenised(backbone, fitting(backbone, rows, recipe))
     if not usable:
         raise RowsUnlearnable(f"none of {len(rows)} rows is within {recipe.max_row_tokens} tokens")
     began = time.perf_counter()
@@ -148,20 +135,14 @@ def train_expert(
     steps = steps_of(len(usable), recipe)
     losses: list[float] = []
     depth = backbone.read_layers if company else backbone.stem_layers  # a company's gates may read the rows
-    stem = _StemCache.proved(backbone, usable, depth) if options.may_cache_stem else None
+    stem = StemCache.proved(backbone, usable, depth) if options.may_cache_stem else None
     joined = company.joined(pairs, scale) if company else attached(backbone, pairs, scale)
+    lesson = _Lesson(backbone, usable, pairs, company, stem)
     with joined, stem or nullcontext(), torch.enable_grad():
         for chosen in _batches(usable, recipe, order):
             _set_rate(optimizer, rate_at(len(losses), steps, recipe), recipe)
             optimizer.zero_grad(set_to_none=True)
-            losses.append(0.0)
-            for part, share in _passes(usable, chosen, company):
-                tokens = _padded(backbone, [usable[row] for row in part])
-                if stem is not None:
-                    stem.put(part, tokens)
-                loss = _loss(backbone, tokens, pairs, company) * share
-                loss.backward()
-                losses[-1] += float(loss.detach())
+            losses.append(lesson.gradients(chosen))
             _update(optimizer, recipe)
             if company is not None:
                 company.stepped()
@@ -191,17 +172,17 @@ def score_rows(
     Batches depend on the rows alone, so that two calls are comparable row by row in bfloat16 too. `gate(row numbers,
     tokens)` is entered around the forward pass of each batch.
     """
-    tokenised = _tokenised(backbone, rows)
+    texts = tokenised(backbone, rows)
     losses = np.zeros(len(rows), dtype=np.float32)
     is_exact = np.zeros(len(rows), dtype=bool)
     with attached(backbone, adapter.tensors if adapter else {}, 1.0):
         for chosen in answer_batches(
-            [row.prompt for row in tokenised], [row.target for row in tokenised], SCORE_BATCH
+            [row.prompt for row in texts], [row.target for row in texts], SCORE_BATCH
         ):
-            tokens = _padded(backbone, [tokenised[row] for row in chosen])
+            tokens = padded(backbone, [texts[row] for row in chosen])
             with gate(chosen, tokens) if gate else nullcontext():
                 logits = backbone.answer_logits(tokens).float()
-            ids, counts = tokens.answer_ids(), [len(tokenised[row].target) for row in chosen]
+            ids, counts = tokens.answer_ids(), [len(texts[row].target) for row in chosen]
             each = nn.functional.cross_entropy(logits, ids, reduction="none").split(counts)
             hits = (logits.argmax(-1) == ids).split(counts)
             losses[chosen] = [float(part.mean()) for part in each]
@@ -230,79 +211,46 @@ def _lora_hook(a: Tensor, b: Tensor, scale: float) -> Callable[[nn.Module, tuple
     return add
 
 
-class _StemCache:
-    """What the first layers give for every training row; within it, these hand that on instead of computing.
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What stays the same from step to step."""
 
-    The layers stay in their places with their attributes, only their `forward` is shadowed: embeddings, masks and
-    position tables are the model's own, whatever its architecture.
-    """
+    backbone: Backbone
+    rows: Sequence[TokenRow]
+    pairs: Pairs
+    company: Company | None
+    stem: StemCache | None
 
-    def __init__(self, backbone: Backbone, depth: int, states: list[Tensor]) -> None:
-        self._layers = list(backbone.layers)[:depth]
-        self._states = states  # a row: (T, d)
-        self._batch: Tensor | None = None
+    def gradients(self, chosen: list[int]) -> float:
+        """Add the gradients of a step over these rows; its loss."""
+        total = 0.0
+        for part, share in self._passes(chosen):
+            tokens = padded(self.backbone, [self.rows[row] for row in part])
+            if self.stem is not None:
+                self.stem.put(part, tokens)
+            loss = self._loss(tokens) * share
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
-    @classmethod
-    def proved(cls, backbone: Backbone, rows: Sequence[_Row], depth: int) -> "_StemCache | None":
-        """A filled cache of the first `depth` layers, or None where it would be too large or not give the full pass's
-        states."""
-        size = sum(len(row) for row in rows) * backbone.width * backbone.dtype.itemsize
-        by_length = sorted(rows, key=len)
-        few = by_length[:PROOF_ROWS] + by_length[-PROOF_ROWS:]  # much padding, and the longest there is
-        if size > STEM_CACHE_BYTES or not _replays(backbone, depth, _padded(backbone, few)):
-            return None
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
-        for chosen in length_sorted([len(row) for row in rows], SCORE_BATCH):
-            tokens = _padded(backbone, [rows[row] for row in chosen])
-            for row, state in zip(chosen, states_behind(backbone, depth, tokens), strict=True):
-                states[row] = state[-len(rows[row]) :].clone()
-        return cls(backbone, depth, states)
+    def _passes(self, chosen: list[int]) -> list[tuple[list[int], float]]:
+        """A step's rows, as many to a pass as its answer tokens allow, and each pass's share of these.
 
-    def put(self, chosen: Sequence[int], tokens: Tokens) -> None:
-        """The rows of the next forward pass, padded as `tokens` is."""
-        batch = torch.zeros((*tokens.input_ids.shape, self._states[0].shape[-1]), dtype=self._states[0].dtype)
-        batch = batch.to(tokens.input_ids.device)
-        for place, row in enumerate(chosen):
-            batch[place, -len(self._states[row]) :] = self._states[row]
-        self._batch = batch
+        A company's gates and penalty are of the whole step: its rows stay together.
+        """
+        counts = [len(self.rows[row].target) for row in chosen]
+        if self.company is not None or sum(counts) <= STEP_ANSWER_TOKENS:
+            return [(chosen, 1.0)]
+        parts = [[chosen[place] for place in part] for part in split_by_tokens(counts, STEP_ANSWER_TOKENS)]
+        return [(part, sum(len(self.rows[row].target) for row in part) / sum(counts)) for part in parts]
 
-    def hand_on(self, batch: Tensor) -> None:
-        """The states (B, T, d) of the next forward pass."""
-        self._batch = batch
-
-    def __enter__(self) -> Self:
-        for layer in self._layers:
-            layer.forward = lambda *_args, **_kwargs: self._batch
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for layer in self._layers:
-            del layer.forward
-
-
-@torch.no_grad()
-def _replays(backbone: Backbone, depth: int, tokens: Tokens) -> bool:
-    """Whether handing the first layers' output to those above gives the very states of the full pass."""
-    needed = tokens.answer_positions()
-    whole = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]
-    cache = _StemCache(backbone, depth, [])
-    cache.hand_on(states_behind(backbone, depth, tokens))
-    try:
-        with cache:
-            replayed = backbone.body(**tokens.inputs(), use_cache=False)[0][needed]
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return False  # layers that hand on more than states: every pass is whole
-    return torch.equal(whole, replayed)
-
-
-def _tokenised(backbone: Backbone, rows: Sequence[LabelledText]) -> list[_Row]:
-    prompts = backbone.prompt_ids([row.input for row in rows])
-    targets = backbone.target_ids([row.output for row in rows])
-    return [_Row(prompt=prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)]
-
-
-def _padded(backbone: Backbone, rows: Sequence[_Row]) -> Tokens:
-    return backbone.pad([row.prompt for row in rows], [row.target for row in rows])
+    def _loss(self, tokens: Tokens) -> Tensor:
+        """The mean loss of the batch's answer tokens, and the company's penalty."""
+        with self.company.batch(tokens) if self.company else nullcontext():
+            logits = self.backbone.answer_logits(tokens).float()
+        loss = nn.functional.cross_entropy(logits, tokens.answer_ids())
+        penalty = self.company.penalty(self.pairs) if self.company else None
+        return loss if penalty is None else loss + penalty
 
 
 def _initial(
@@ -347,22 +295,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float, recipe: Recipe) -> 
     optimizer.param_groups[1]["lr"] = rate * recipe.loraplus_ratio
 
 
-def _loss(backbone: Backbone, tokens: Tokens, pairs: Pairs, company: Company | None) -> Tensor:
-    """The mean loss of the batch's answer tokens, and the company's penalty."""
-    with company.batch(tokens) if company else nullcontext():
-        logits = backbone.answer_logits(tokens).float()
-    loss = nn.functional.cross_entropy(logits, tokens.answer_ids())
-    penalty = company.penalty(pairs) if company else None
-    return loss if penalty is None else loss + penalty
-
-
 def _update(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     optimizer.step()
 
 
-def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -> Iterator[list[int]]:
+def _batches(rows: Sequence[TokenRow], recipe: Recipe, order: np.random.Generator) -> Iterator[list[int]]:
     """Every row once an epoch: shuffled, length-sorted within a few batches, the batches shuffled again."""
     window = recipe.batch_size * SORT_WINDOW
     for _ in range(recipe.epochs):
@@ -373,20 +312,6 @@ def _batches(rows: Sequence[_Row], recipe: Recipe, order: np.random.Generator) -
             batches += [part[at : at + recipe.batch_size] for at in range(0, len(part), recipe.batch_size)]
         for index in order.permutation(len(batches)):
             yield batches[index]
-
-
-def _passes(
-    rows: Sequence[_Row], chosen: list[int], company: Company | None
-) -> list[tuple[list[int], float]]:
-    """A step's rows, as many to a pass as its answer tokens allow, and each pass's share of these.
-
-    A company's gates and penalty are of the whole step: its rows stay together.
-    """
-    counts = [len(rows[row].target) for row in chosen]
-    if company is not None or sum(counts) <= STEP_ANSWER_TOKENS:
-        return [(chosen, 1.0)]
-    parts = [[chosen[place] for place in part] for part in split_by_tokens(counts, STEP_ANSWER_TOKENS)]
-    return [(part, sum(len(rows[row].target) for row in part) / sum(counts)) for part in parts]
 
 
 def _adapter(pairs: Pairs, scale: float) -> Adapter:

@@ -21,10 +21,10 @@ from dylora_stream.bench.continual.evaluate import SHARED, TIED, Cell, Examiner,
 from dylora_stream.bench.continual.parts import methods_named
 from dylora_stream.bench.continual.parts import workbench as made
 from dylora_stream.bench.continual.statistics import Passage, bootstrap
-from dylora_stream.bench.continual.tasks import choose, load_task, load_tasks
 from dylora_stream.bench.continual.watch import Silence
 from dylora_stream.bench.continual.workbench import Workbench
 from dylora_stream.bench.store import Store
+from dylora_stream.bench.tasks import choose, load_task, load_tasks
 from dylora_stream.core.errors import SettingsError, StoreError
 from dylora_stream.core.messages import Policy
 from dylora_stream.core.recipes import Recipe

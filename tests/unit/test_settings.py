@@ -190,6 +190,16 @@ def test_secrets_are_hidden_and_stay_off_the_command_line(monkeypatch: pytest.Mo
         load_settings(flags=["kafka.sasl_password=hunter2"])
 
 
+def test_a_password_in_the_expert_store_s_url_is_refused_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place is the environment of the storage's own library, which no command shows."""
+    monkeypatch.setenv("DYLORA_STORE__EXPERTS", "sftp://me:hunter2@nas/experts")
+    with pytest.raises(SettingsError, match="FSSPEC_SFTP_PASSWORD") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("DYLORA_STORE__EXPERTS", "sftp://me@nas/experts")
+    assert load_settings().store.experts == "sftp://me@nas/experts"
+
+
 def test_another_process_gets_the_same_settings(tmp_path: Path) -> None:
     """`arguments` are the flags that reproduce what the environment does not carry."""
     file = tmp_path / "some.toml"

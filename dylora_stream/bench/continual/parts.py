@@ -8,9 +8,9 @@ from pathlib import Path
 from dylora_stream.bench.continual.config import ContinualConfig
 from dylora_stream.bench.continual.courses import FENCE_POSTS
 from dylora_stream.bench.continual.networked import YOUNG, NetworkedGate
-from dylora_stream.bench.continual.tasks import Rows, choose, load_tasks
 from dylora_stream.bench.continual.workbench import Tell, Workbench
 from dylora_stream.bench.store import Store
+from dylora_stream.bench.tasks import Rows, choose, load_tasks
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.model import gates

@@ -17,9 +17,9 @@ from dylora_stream.bench.continual.courses import Course, course_of
 from dylora_stream.bench.continual.evaluate import Cell, Examiner
 from dylora_stream.bench.continual.parts import methods_named, workbench
 from dylora_stream.bench.continual.statistics import Outcome, Passage
-from dylora_stream.bench.continual.tasks import load_tasks
 from dylora_stream.bench.continual.watch import Silence, watching
 from dylora_stream.bench.continual.workbench import Workbench
+from dylora_stream.bench.tasks import load_tasks
 from dylora_stream.core.errors import TrainingFailed
 from dylora_stream.settings import Settings
 

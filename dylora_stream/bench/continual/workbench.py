@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dylora_stream.bench.continual.tasks import Rows
 from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.tasks import Rows
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.adapters import Adapter
 from dylora_stream.model.backbone import Backbone

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dylora_stream.bench.continual.tasks import Task, load_tasks
 from dylora_stream.bench.novelty.config import NoveltyBenchConfig
+from dylora_stream.bench.tasks import Task, load_tasks
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from dylora_stream import bootstrap
 from dylora_stream.bench.continual.report import check_plots, write
-from dylora_stream.bench.continual.tasks import Task
 from dylora_stream.bench.continual.watch import watching
 from dylora_stream.bench.continual.workbench import Tell
 from dylora_stream.bench.novelty import plots, report
@@ -30,6 +29,7 @@ from dylora_stream.bench.novelty.tables import show
 from dylora_stream.bench.novelty.tally import tally
 from dylora_stream.bench.novelty.trained import score_all
 from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.tasks import Task
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText, answer_size, feature_space, row_size

@@ -20,7 +20,8 @@ from dylora_stream.bench.throughput.config import LEAST_PAIRS
 from dylora_stream.bench.throughput.measuring import Bench, seconds
 from dylora_stream.bench.throughput.records import EXPERTS, plain_records, with_choices
 from dylora_stream.model.backbone import Backbone
-from dylora_stream.settings import Settings, load_settings
+from dylora_stream.settings import Settings
+from dylora_stream.stream.kafka import KafkaConfig
 
 __all__ = ["measure_daemon", "measure_overhead"]
 
@@ -107,14 +108,9 @@ def measure_overhead(bench: Bench) -> None:
 
 
 def _here(settings: Settings, servers: str, folder: Path, name: str) -> Settings:
-    flags = [
-        *(f"{row.name}={row.value}" for row in settings.explain() if row.source.startswith("flag")),
-        f"kafka.bootstrap_servers={servers}",
-        f"kafka.prefix=bench.{name}.",
-        f"store.folder={folder}",
-        f"model.folder={bootstrap.model_path(settings)}",
-    ]
-    return load_settings(flags=flags)
+    """The same settings on the bench's own broker, whatever the operator's asks of its clients."""
+    kafka = KafkaConfig(bootstrap_servers=servers, prefix=f"bench.{name}.")
+    return bootstrap.settings_within(settings, folder).model_copy(update={"kafka": kafka})
 
 
 def _tiny(settings: Settings, folder: Path) -> Settings:

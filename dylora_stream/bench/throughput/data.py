@@ -1,10 +1,10 @@
 """Tasks of a dataset folder, for the accuracies of two ways of training."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dylora_stream.bench.tasks import load_task
 from dylora_stream.bench.throughput.config import Sizes
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.model.backbone import Backbone
@@ -23,14 +23,18 @@ class TaskRows:
 
 
 def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes, names: Sequence[str] = ()) -> list[TaskRows]:
-    """The tasks, in name order, that have both files and enough rows which are short enough; of `names` if given."""
+    """The tasks, in name order, that have both files and enough rows which are short enough; of `names` if given.
+
+    Of each file the first such rows are taken. Raises SettingsError with the file, and the line, at fault.
+    """
     tasks: list[TaskRows] = []
     for file in sorted(folder.glob("*.train.jsonl")):
         name = file.name.removesuffix(".train.jsonl")
-        if names and name not in names:
+        if (names and name not in names) or not (folder / f"{name}.test.jsonl").is_file():
             continue
-        train = _rows(file, backbone, sizes.data_tokens, sizes.data_rows)
-        test = _rows(folder / f"{name}.test.jsonl", backbone, sizes.data_tokens, 2 * sizes.data_rows)
+        task = load_task(folder, name)
+        train = _short(task.train, backbone, sizes.data_tokens, sizes.data_rows)
+        test = _short(task.test, backbone, sizes.data_tokens, 2 * sizes.data_rows)
         if len(train) == sizes.data_rows and len(test) >= sizes.data_rows // 2:
             tasks.append(TaskRows(name=name, train=train, test=test))
     missing = set(names) - {task.name for task in tasks}
@@ -43,17 +47,14 @@ def read_tasks(folder: Path, backbone: Backbone, sizes: Sizes, names: Sequence[s
     )
 
 
-def _rows(file: Path, backbone: Backbone, most_tokens: int, count: int) -> list[LabelledText]:
-    rows: list[LabelledText] = []
-    if not file.is_file():
-        return rows
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            text = LabelledText(input=row["input"], output=row["output"])
-            prompt, target = backbone.prompt_ids([text.input])[0], backbone.target_ids([text.output])[0]
-            if text.input.strip() and len(prompt) + len(target) <= most_tokens:
-                rows.append(text)
-            if len(rows) == count:
-                break
-    return rows
+def _short(
+    rows: Sequence[LabelledText], backbone: Backbone, most_tokens: int, count: int
+) -> list[LabelledText]:
+    kept: list[LabelledText] = []
+    for row in rows:
+        prompt, target = backbone.prompt_ids([row.input])[0], backbone.target_ids([row.output])[0]
+        if row.input.strip() and len(prompt) + len(target) <= most_tokens:
+            kept.append(row)
+        if len(kept) == count:
+            break
+    return kept
