@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     Gemma2Config,
@@ -110,6 +110,20 @@ def tiny_opt(folder: Path) -> Path:
         eos_token_id=256,
     )
     return _saved(OPTForCausalLM, config, folder)
+
+
+def blank_first(folder: Path) -> Path:
+    """The model in `folder` with a tokenizer as Llama 2's: words carry their blank, and every text begins with one."""
+    letters = ["<unk>", END, "▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:\n", "▁a", "▁y"]
+    vocabulary = {token: index for index, token in enumerate(letters)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "y")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    fast.save_pretrained(folder)
+    return folder
 
 
 def _saved(architecture: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> Path:

@@ -102,6 +102,9 @@ class Backbone:
         True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
     )
     targets: tuple[str, ...] = ()  # parts of the names of the layers to adapt; none: all above the stem
+    lone_blank: int | None = (
+        None  # a token that answers begin with only where they are cut apart from prompts
+    )
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +165,8 @@ class Backbone:
             return []
         targets = [self.template.target(output) for output in outputs]
         ids: list[list[int]] = self.tokenizer(targets, add_special_tokens=False)["input_ids"]
-        return [[*row, self.eos_id] for row in ids]
+        rows = (row[1:] if len(row) > 1 and row[0] == self.lone_blank else row for row in ids)
+        return [[*row, self.eos_id] for row in rows]
 
     def pad(self, prompts: Sequence[list[int]], targets: Sequence[list[int]] | None = None) -> Tokens:
         """Left-padded tensors on the model's device of prompts and, if given, the answers behind them."""
@@ -247,6 +251,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         digest=folder_digest(place),
         name=config.name,
         dtype=dtype,
+        lone_blank=_lone_blank(tokenizer),
     )
     _rehearse(backbone)
     return replace(backbone, has_plain_head=_has_plain_head(model))
@@ -275,6 +280,14 @@ def _read(place: Path, dtype: torch.dtype, *, trust: bool) -> tuple[Any, Any]:
             "of its weights"
         )
     return model, tokenizer
+
+
+def _lone_blank(tokenizer: Any) -> int | None:
+    """What a tokenizer that begins every text with a blank (Llama 2's, Mistral's) makes of it before a blank of the
+    text's own: behind a prompt it would not be there, and the model would never write it.
+    """
+    alone, before, whole = tokenizer([" a", "a:", "a: a"], add_special_tokens=False)["input_ids"]
+    return int(alone[0]) if len(alone) > 1 and whole == [*before, *alone[1:]] else None
 
 
 def held_bytes(device: torch.device) -> int:

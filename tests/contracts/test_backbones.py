@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import END, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_opt
+from models import END, blank_first, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_opt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -203,6 +203,16 @@ def answer_tokens_a_pass(backbone: Backbone) -> Iterator[list[int]]:
         yield seen
     finally:
         handle.remove()
+
+
+def test_an_answer_is_cut_as_it_stands_behind_its_prompt(tmp_path: Path) -> None:
+    """Some tokenizers put a blank of their own before a text: an answer's would be one that no model writes."""
+    config = ModelConfig(name="tiny", dtype="float32", stem_layers=2, feature_layers=2, threads=1)
+    backbone = load_backbone(config, blank_first(tiny_llama(tmp_path)))
+    (prompt,), (target,) = backbone.prompt_ids(["a b"]), backbone.target_ids(["yes"])
+    whole = backbone.tokenizer(backbone.template.render("a b") + " yes")["input_ids"]
+    assert [*prompt, *target] == [*whole, backbone.eos_id]
+    assert backbone.decode(target) == "yes"
 
 
 def test_a_long_answer_is_read_by_its_beginning(backbone: Backbone) -> None:
