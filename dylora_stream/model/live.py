@@ -81,7 +81,8 @@ def read_expert(folder: Path, expert_id: str, version: int) -> LoadedExpert:
 
 
 class LiveExperts:
-    """Experts in slots behind one router. `install` swaps all of it between batches; not thread-safe."""
+    """Experts in slots behind one router. `install` swaps all of it between batches. Not thread-safe, but `prepared`
+    may run beside `serving`."""
 
     def __init__(self, backbone: Backbone, pool: PoolConfig, parts: RouterParts) -> None:
         self.backbone = backbone
@@ -121,9 +122,8 @@ class LiveExperts:
     ) -> Callable[[], None]:
         """What is slow, and may run beside serving, is done; what is returned makes exactly these experts live.
 
-        Everything that can fail comes first, but for the gate's lessons: a gate may read the slots, so they are
-        written before it learns, and back should it fail. An expert that is live already keeps its slot, and its
-        blocks are not written again.
+        An expert that is live already keeps its slot, and its blocks are not written again. A gate may read the slots,
+        so they are written before it learns. Only where no slot is free is that left for the swap.
         """
         if len(experts) > self.pool.slots:
             raise ModelMismatch(
@@ -131,18 +131,30 @@ class LiveExperts:
             )
         for expert in experts:
             self.check(expert)
-        router = self._router_of(experts, network)
-        return lambda: self._swap(experts, router)
+        router, slots = self._router_of(experts, network), self._places(experts)
+        new = self._new(experts, slots)
+        if any(slot in self._slots for slot, _ in new):
+            return lambda: self._replace(experts, slots, router)
+        for slot, expert in new:
+            self.pool.fill(slot, expert.adapter)
+        gate = self._taught(experts, slots)
+        return lambda: self._go_live(experts, slots, router, gate)
 
-    def _swap(self, experts: Sequence[LoadedExpert], router: Router) -> None:
-        slots = self._places(experts)
+    def _replace(self, experts: Sequence[LoadedExpert], slots: Sequence[int], router: Router) -> None:
+        """Write over slots that are in use, and back should the gate fail to learn."""
         try:
-            self._write(experts, slots)
+            for slot, expert in self._new(experts, slots):
+                self.pool.write(slot, expert.adapter)
             gate = self._taught(experts, slots)
         except Exception:
             for old, slot in zip(self._experts, self._slots.tolist(), strict=True):
                 self.pool.write(slot, old.adapter)
             raise
+        self._go_live(experts, slots, router, gate)
+
+    def _go_live(
+        self, experts: Sequence[LoadedExpert], slots: Sequence[int], router: Router, gate: Student
+    ) -> None:
         self._experts, self._router, self._gate = tuple(experts), router.gated(gate), gate
         self._slots = np.array(slots, dtype=np.int64)
 
@@ -154,14 +166,13 @@ class LiveExperts:
         free = [slot for slot in range(1, self.pool.slots + 1) if slot not in held.values()] + leaving
         return [held[id(expert.adapter)] if id(expert.adapter) in kept else free.pop(0) for expert in experts]
 
-    def _write(self, experts: Sequence[LoadedExpert], slots: Sequence[int]) -> None:
-        """Put the adapters that are not in their slots yet."""
+    def _new(self, experts: Sequence[LoadedExpert], slots: Sequence[int]) -> list[tuple[int, LoadedExpert]]:
+        """The experts that are not in their slots yet."""
         held = {
             (id(old.adapter), slot) for old, slot in zip(self._experts, self._slots.tolist(), strict=True)
         }
-        for expert, slot in zip(experts, slots, strict=True):
-            if (id(expert.adapter), slot) not in held:
-                self.pool.write(slot, expert.adapter)
+        pairs = zip(slots, experts, strict=True)
+        return [(slot, expert) for slot, expert in pairs if (id(expert.adapter), slot) not in held]
 
     def _taught(self, experts: Sequence[LoadedExpert], slots: Sequence[int]) -> Student:
         """A gate taught by these experts, one after another; it goes on from the live one where nothing else changed.

@@ -96,7 +96,7 @@ class _Kept:
 
 
 class Pool:
-    """The experts' blocks, and the forward hooks that add them. Not thread-safe; slots change between batches only."""
+    """The experts' blocks, and the forward hooks that add them. Not thread-safe but for `fill`."""
 
     def __init__(self, backbone: Backbone, config: PoolConfig) -> None:
         self._config = config
@@ -141,6 +141,10 @@ class Pool:
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot; layers it does not name get none. Raises ModelMismatch before it writes."""
         self.no_gates()
+        self.fill(slot, adapter)
+
+    def fill(self, slot: int, adapter: Adapter) -> None:
+        """`write` for a slot that nobody answers from: gates stay, and a pass may be under way."""
         self._blocks.write(slot, adapter)
 
     def check(self, adapter: Adapter) -> None:

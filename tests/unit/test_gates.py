@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import random_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dylora_stream.core.errors import SettingsError
 from dylora_stream.core.messages import Policy
@@ -17,7 +17,7 @@ from dylora_stream.core.novelty import NoveltyConfig
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.core.routing import METHODS, Routing, RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant, Moments, Whitening
-from dylora_stream.model.backbone import Backbone, load_backbone
+from dylora_stream.model.backbone import Backbone, Tokens, load_backbone
 from dylora_stream.model.config import ModelConfig, PoolConfig
 from dylora_stream.model.features import LabelledText, read_rows, read_states, read_stem
 from dylora_stream.model.gates import GATES, SERVED_GATES, gate_named
@@ -389,6 +389,15 @@ def served(live: LiveExperts, inputs: list[str], tenant: str = "default") -> tup
     return current.routed.routing, logits
 
 
+def next_inputs(tokens: Tokens) -> dict[str, Tensor]:
+    """A first new token behind each row."""
+    return {
+        "input_ids": torch.full_like(tokens.input_ids[:, :1], 65),
+        "attention_mask": nn.functional.pad(tokens.attention_mask, (0, 1), value=1),
+        "position_ids": tokens.position_ids[:, -1:] + 1,
+    }
+
+
 @pytest.mark.parametrize("name", SERVED_GATES)
 def test_a_served_method_learns_from_installed_experts(
     backbone: Backbone, experts: list[LoadedExpert], name: str
@@ -412,6 +421,33 @@ def test_a_served_method_learns_from_installed_experts(
     for (routing, logits), (again, logits_again) in zip(after, anew, strict=True):
         assert routing.members(0) == again.members(0)
         assert torch.equal(logits, logits_again)
+
+
+@pytest.mark.parametrize("name", SERVED_GATES)
+def test_a_served_method_learns_beside_the_batch_and_is_swapped_in_without_a_lesson(
+    backbone: Backbone, experts: list[LoadedExpert], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lessons take seconds: a pass under way is answered by the old experts, and none is left for the swap."""
+    live, at_once = (live_with(backbone, gate_named(name, RoutingConfig())) for _ in range(2))
+    inputs = [text for skill in NAMES for text in texts(skill, 2, seed=9)]
+    live.install(experts[:2], RouterNetwork(backbone.width))
+    before, tokens = served(live, inputs), backbone.encode(inputs)
+    with torch.no_grad(), live.serving(tokens, inputs, ["default"] * len(inputs)):
+        _, cache = backbone.next_logits(tokens.inputs())
+        activate = live.prepared(experts, RouterNetwork(backbone.width))
+        following, _ = backbone.next_logits(next_inputs(tokens) | {"past_key_values": cache})
+    with torch.no_grad(), live.serving(tokens, inputs, ["default"] * len(inputs)):
+        _, cache = backbone.next_logits(tokens.inputs())
+        undisturbed, _ = backbone.next_logits(next_inputs(tokens) | {"past_key_values": cache})
+    assert torch.equal(following, undisturbed)
+    assert torch.equal(served(live, inputs)[1], before[1])
+    with monkeypatch.context() as patched:
+        patched.delattr(LiveExperts, "_taught")
+        activate()
+    at_once.install(experts, RouterNetwork(backbone.width))
+    assert torch.equal(served(live, inputs)[1], served(at_once, inputs)[1])
+    live.close()
+    at_once.close()
 
 
 @pytest.mark.parametrize("name", SERVED_GATES)
@@ -462,7 +498,7 @@ class Unteachable(BackboneGate):
 def test_a_gate_that_cannot_learn_an_expert_leaves_the_old_ones_serving(
     backbone: Backbone, experts: list[LoadedExpert]
 ) -> None:
-    """Slots that were written for its lessons get their old blocks back."""
+    """Slots in use that were written for its lessons get their old blocks back."""
     live = live_with(backbone, Unteachable("marks"))
     inputs = texts("digits", 3, seed=11)
     live.install(experts[:2])
