@@ -159,9 +159,9 @@ def _lines_while_open() -> Iterator[str]:
         yield lines.get()
 
 
-def supervise(settings: Settings) -> int:
+def supervise(settings: Settings, *, is_supervised: bool = False) -> int:
     """One serve and one learn on this machine; the exit code. Starts them once the broker answers: a role that cannot
-    reach it at the beginning would be started again for ever.
+    reach it at the beginning would be started again for ever. `is_supervised`: ends as well when standard input closes.
     """
     check_method(settings)
     configure_logs(settings.log, "supervisor")
@@ -172,7 +172,11 @@ def supervise(settings: Settings) -> int:
     roles = [
         Role(name=name, command=(*base, "--role", name, *settings.arguments)) for name in ("serve", "learn")
     ]
-    return Supervisor(roles, settings.serve.drain_deadline_s).run()
+    supervisor = Supervisor(roles, settings.serve.drain_deadline_s)
+    end = supervisor.end  # one object: the thread holds it weakly
+    if is_supervised:
+        _watch_pipe(end)
+    return supervisor.run()
 
 
 class _Service(Protocol):
@@ -206,19 +210,24 @@ def _until_signalled(service: _Service, drain_deadline_s: float, *, is_supervise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if is_supervised:
-        threading.Thread(target=_drain_at_end, args=(weakref.ref(drain),), daemon=True, name="pipe").start()
+        _watch_pipe(drain)
     service.run()
 
 
-def _drain_at_end(found: "weakref.ref[Callable[[], None]]") -> None:
-    """Until the supervisor's end of the pipe closes. Python's own end must not meet this thread: it reads past
-    `sys.stdin`, whose lock would be taken (a crash), and holds nothing of the role (reported as leaked).
+def _watch_pipe(end: Callable[[], None]) -> None:
+    """`end` is called when whoever started this process closes its standard input, however that comes."""
+    threading.Thread(target=_read_to_end, args=(weakref.ref(end),), daemon=True, name="pipe").start()
+
+
+def _read_to_end(found: "weakref.ref[Callable[[], None]]") -> None:
+    """Python's own end must not meet this thread: it reads past `sys.stdin`, whose lock would be taken (a crash), and
+    holds nothing of the role (reported as leaked).
     """
     while os.read(sys.stdin.fileno(), 1024):
         pass
-    drain = found()
-    if drain is not None:
-        drain()
+    end = found()
+    if end is not None:
+        end()
 
 
 def _end_overdue(drain_deadline_s: float) -> None:

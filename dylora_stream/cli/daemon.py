@@ -45,7 +45,7 @@ def run(
     from dylora_stream import bootstrap as roles
 
     if role is RoleChoice.BOTH:
-        raise typer.Exit(roles.supervise(settings))
+        raise typer.Exit(roles.supervise(settings, is_supervised=supervised))
     if role is RoleChoice.SERVE:
         roles.serve(settings, is_supervised=supervised)
     else:

@@ -24,6 +24,7 @@ from dylora_stream.demo.skills import load_skills
 from dylora_stream.demo.view import View
 from dylora_stream.logs import LogConfig, configure_logs
 from dylora_stream.settings import Settings, load_settings
+from dylora_stream.store.identity import is_in_use
 
 __all__ = ["DemoConfig", "demo", "emptied", "read_tasks"]
 
@@ -89,7 +90,7 @@ def _pair(line: str, place: str) -> tuple[str, str]:
 
 def emptied(folder: Path) -> None:
     """Make the folder, without what another demo left there. SettingsError, and nothing is removed, where it holds
-    anything else.
+    anything else, or another demo is under way.
     """
     try:
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -97,6 +98,10 @@ def emptied(folder: Path) -> None:
             foreign = min(found - {DAEMON_LOG, DATA} or found)
             raise SettingsError(
                 f"{folder} holds {foreign}, which no demo left there, and would be emptied: give --folder a new folder"
+            )
+        if is_in_use(folder / DATA):
+            raise SettingsError(
+                f"another demo is running in {folder}: wait for it, or give --folder a new folder"
             )
         for name in found:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -188,17 +193,22 @@ def _overrides(config: DemoConfig, servers: str, tasks: Sequence[Task]) -> list[
 
 
 class _Daemon:
-    """`dylora-stream run` as an operator would start it, its log in a file."""
+    """`dylora-stream run` as an operator would start it, its log in a file; it ends with this process, however that
+    ends."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        self._command = [sys.executable, "-m", "dylora_stream", "run", *settings.arguments]
+        self._command = [sys.executable, "-m", "dylora_stream", "run", "--supervised", *settings.arguments]
         self._data = settings.store.folder
         self._log = folder / DAEMON_LOG
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         return self
 

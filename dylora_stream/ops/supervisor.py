@@ -67,8 +67,12 @@ class Supervisor:
         self._end()
         return self._exit_code or 0
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def end(self) -> None:
+        """Have `run` end; a second time, at once. Callable from another thread."""
         self._signals += 1
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.end()
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

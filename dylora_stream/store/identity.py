@@ -22,7 +22,7 @@ from typing import TextIO
 
 from dylora_stream.core.errors import StoreError
 
-__all__ = ["Identity", "check_folder", "claim_identity", "folder_id"]
+__all__ = ["Identity", "check_folder", "claim_identity", "folder_id", "is_in_use"]
 
 MOST_INSTANCES = 64  # of one role in one data folder
 ID_BYTES = 4  # of chance: some thousand folders, and one in a thousand that two of them have one id
@@ -62,6 +62,17 @@ def folder_id(folder: Path) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             return found
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds one of the data folder's locks. Raises OSError."""
+    for path in folder.glob("*.pid"):
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 @contextmanager

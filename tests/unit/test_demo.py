@@ -12,6 +12,7 @@ from dylora_stream.demo.player import Pace, Player
 from dylora_stream.demo.report import experts_of, judged, skill_reports
 from dylora_stream.demo.run import emptied, read_tasks
 from dylora_stream.demo.skills import Skill, is_usable, load_skills
+from dylora_stream.store.identity import claim_identity
 from dylora_stream.testing import ManualClock
 
 
@@ -281,6 +282,11 @@ def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path: Path) -> None:
     (used / "data" / "old").write_text("x")
     emptied(used)
     assert [path.name for path in used.iterdir()] == ["daemon.log"]
+    identity = claim_identity(used / "data", "serve", "x")
+    with pytest.raises(SettingsError, match="another demo is running"):
+        emptied(used)
+    identity.lock.close()
+    emptied(used)
     with pytest.raises(SettingsError, match="cannot be used"):
         emptied(tasks / "a.train.jsonl" / "below")
 
