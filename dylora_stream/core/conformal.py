@@ -8,7 +8,8 @@ up by rate · target when it was not. Whatever the stream does, after T such row
 It needs feedback: rows of which it has come to be known that they belong to an expert (a label or a skill name that
 arrives late, a waiting row that joined an expert after all). Rows without it move nothing. The long-run rate is a
 statement about the mean over time, reported apart from the promise on exchangeable rows: alpha is a control, and a
-row's p-value stays what it is.
+row's p-value stays what it is. `bench novelty` reports it; the daemon's threshold is `novelty.alpha`, because most
+streams have no such feedback.
 """
 
 from dataclasses import dataclass

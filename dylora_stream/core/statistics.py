@@ -23,7 +23,7 @@ from dylora_stream.core.messages import DEFAULT_TENANT
 
 __all__ = [
     "ExpertStatistics", "LinearDiscriminant", "Moments", "Separation", "Whitening", "binomial", "entropy",
-    "leave_one_out_accuracy", "pooled_covariance", "separation", "softmax",
+    "pooled_covariance", "separation", "softmax",
 ]  # fmt: skip
 
 VARIANCE_FLOOR = 1e-4  # share of the median variance: a dimension that never moved must not decide by itself
@@ -256,8 +256,3 @@ def separation(statistics: Sequence[ExpertStatistics], new_rows: np.ndarray) -> 
     lost = winners[winners < len(statistics)]
     rival = statistics[int(np.bincount(lost).argmax())].expert_id if len(lost) else None
     return Separation(float((winners == len(statistics)).mean()), rival)
-
-
-def leave_one_out_accuracy(statistics: Sequence[ExpertStatistics], new_rows: np.ndarray) -> float:
-    """Share of the new rows (n, d) that would be routed to an expert made of them; 1.0 while there are no experts."""
-    return separation(statistics, new_rows).accuracy

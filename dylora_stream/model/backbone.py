@@ -75,6 +75,10 @@ class Tokens:
             "position_ids": self.position_ids,
         }
 
+    def prompt_mask(self) -> Tensor:
+        """(B, T): the prompts' tokens; answers are unseen when a row is routed."""
+        return self.attention_mask * (self.labels == IGNORED)
+
     def answer_positions(self) -> Tensor:
         """(B, T) bool: the positions whose next token belongs to an answer, i.e. where logits are needed."""
         needed = torch.zeros_like(self.labels, dtype=torch.bool)

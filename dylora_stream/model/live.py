@@ -19,7 +19,7 @@ from dylora_stream.core.errors import ExpertCorrupt, ModelMismatch
 from dylora_stream.core.routing import Routing
 from dylora_stream.core.statistics import ExpertStatistics
 from dylora_stream.model.adapters import Adapter, load_adapter
-from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
+from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.config import PoolConfig
 from dylora_stream.model.features import feature_rows, feature_space, row_size
 from dylora_stream.model.gates.base import Lesson, Memory, Stage, Student
@@ -208,7 +208,6 @@ class LiveExperts:
     def serving(self, tokens: Tokens, inputs: Sequence[str], tenants: Sequence[str]) -> Iterator[Pass]:
         """In it, the next forward pass, of these tokens, is routed at its stem by its prompts, once."""
         current, allowed = Pass(), self._router.allowed(tenants)
-        prompts = tokens.attention_mask * (tokens.labels == IGNORED)
 
         def decide(stem: StemOutput) -> None:
             current.features = feature_rows(stem.reading(), tokens, inputs)
@@ -216,7 +215,7 @@ class LiveExperts:
             self.pool.set_gates(*self.gates(current.routed.routing), self._gate.ranks)
 
         try:
-            with self.hook.routing(prompts, decide):
+            with self.hook.routing(tokens.prompt_mask(), decide):
                 yield current
         finally:
             self.pool.no_gates()

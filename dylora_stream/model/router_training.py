@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
-from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
+from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.exemplars import read_exemplars
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.live import LiveExperts
@@ -230,9 +230,8 @@ def _task_loss(
         experts, weights = dense_shares(logits, routing)
         live.pool.set_gates(live.slots_of(experts.cpu().numpy()), weights)
 
-    prompt_mask = tokens.attention_mask * (tokens.labels == IGNORED)
     try:
-        with live.hook.routing(prompt_mask, decide):
+        with live.hook.routing(tokens.prompt_mask(), decide):
             logits = live.backbone.answer_logits(tokens).float()
     finally:
         live.pool.no_gates()

@@ -9,7 +9,6 @@ from dylora_stream.core.statistics import (
     Moments,
     Whitening,
     entropy,
-    leave_one_out_accuracy,
     pooled_covariance,
     separation,
 )
@@ -96,7 +95,7 @@ def test_closed_form_leave_one_out_equals_refitting_without_each_row(gap: float)
         == len(experts)
         for line in range(len(rows))
     ]
-    assert leave_one_out_accuracy(experts, rows) == pytest.approx(np.mean(refitted), abs=2.5 / 60)
+    assert separation(experts, rows).accuracy == pytest.approx(np.mean(refitted), abs=2.5 / 60)
 
 
 def test_rows_of_a_known_expert_are_not_separable_and_name_their_rival() -> None:
@@ -107,4 +106,4 @@ def test_rows_of_a_known_expert_are_not_separable_and_name_their_rival() -> None
     result = separation(experts, twin)
     assert result.accuracy < 0.9
     assert result.rival == "e1"
-    assert leave_one_out_accuracy([], twin) == 1.0
+    assert separation([], twin).accuracy == 1.0

@@ -23,7 +23,7 @@ from dylora_stream.core.messages import Policy
 from dylora_stream.core.novelty import distinct
 from dylora_stream.core.routing import NULL_EXPERT, Routing
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
-from dylora_stream.model.backbone import IGNORED, Tokens
+from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.features import length_sorted, read_states
 from dylora_stream.model.gates.base import Gate, Scene
 from dylora_stream.model.stem import StemOutput
@@ -122,9 +122,8 @@ class Examiner:
                 slots, weights = torch.from_numpy(routing.experts + 1), torch.from_numpy(_weights(routing))
                 bench.pool.set_gates(slots, weights, gate.ranks)
 
-            prompt_mask = tokens.attention_mask * (tokens.labels == IGNORED)
             try:
-                with bench.hook.routing(prompt_mask, decide):
+                with bench.hook.routing(tokens.prompt_mask(), decide):
                     yield
             finally:
                 bench.pool.no_gates()

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from dylora_stream.core.routing import Routing, to_backbone
 from dylora_stream.model.backbone import Tokens
 from dylora_stream.model.gates.base import Lesson, Scene, Stage, Untrained
-from dylora_stream.model.gates.learning import prompt_mask
 from dylora_stream.model.gates.rows import Scaling, column_of, each_of, shared
 from dylora_stream.model.gates.uniform import Among
 from dylora_stream.model.mixture import YOUNG_SLOT, Pairs
@@ -173,7 +172,7 @@ class _Gated(Among):
             weights = torch.stack([door(scaled) for door in self._doors], dim=1)
             self._pool.set_gates(self._members.expand(len(weights), -1), weights)
 
-        with self._hook.routing(prompt_mask(tokens), decide):
+        with self._hook.routing(tokens.prompt_mask(), decide):
             yield
 
     def penalty(self, pairs: Pairs) -> Tensor | None:

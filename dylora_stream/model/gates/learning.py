@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dylora_stream.core.errors import TrainingFailed
-from dylora_stream.model.backbone import IGNORED, Backbone, Tokens
+from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.features import LabelledText
 from dylora_stream.model.gates.base import Lesson, Stage
 from dylora_stream.model.mixture import RankGate
 from dylora_stream.model.stem import StemOutput
 
-__all__ = ["Gating", "Learning", "by_ranks", "by_stem", "learn_by_answers", "prompt_mask"]
+__all__ = ["Gating", "Learning", "by_ranks", "by_stem", "learn_by_answers"]
 
 Gating = Callable[[Tokens], AbstractContextManager[None]]
 """Around a forward pass of these rows: the gates are set, with gradients, and taken off afterwards."""
@@ -99,17 +99,12 @@ def by_stem(stage: Stage, decide: Callable[[StemOutput], None]) -> Gating:
     @contextmanager
     def gating(tokens: Tokens) -> Iterator[None]:
         try:
-            with stage.hook.routing(prompt_mask(tokens), decide):
+            with stage.hook.routing(tokens.prompt_mask(), decide):
                 yield
         finally:
             stage.pool.no_gates()
 
     return gating
-
-
-def prompt_mask(tokens: Tokens) -> Tensor:
-    """(B, T): the prompts' tokens, answers left out, as they are unseen when a row is routed."""
-    return tokens.attention_mask * (tokens.labels == IGNORED)
 
 
 def _step(
