@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dylora_stream.core.errors import StoreError
+from dylora_stream.model.backbone import Backbone
 
-__all__ = ["Store", "digest"]
+__all__ = ["Store", "digest", "ground_of"]
 
 VERSION = 1  # changes whenever the same question would get another answer
 
@@ -29,6 +30,19 @@ def digest(**parts: Any) -> str:
     """A name for these parts; JSON values only."""
     text = json.dumps({"version": VERSION, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def ground_of(backbone: Backbone) -> dict[str, Any]:
+    """Parts of a `digest`: what everything that this backbone computes depends on."""
+    return {
+        "backbone": backbone.digest,
+        "dtype": str(backbone.dtype),
+        "attention": backbone.attention,
+        "stem": backbone.stem_layers,
+        "read": backbone.read_layers,
+        "targets": list(backbone.targets),
+        "template": backbone.template.text,
+    }
 
 
 class Store:

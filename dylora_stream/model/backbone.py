@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from dylora_stream.core.errors import ModelError, ModelNotFound, SettingsError
 from dylora_stream.model.attention import attend_plainly
-from dylora_stream.model.config import ModelConfig
+from dylora_stream.model.config import Attention, ModelConfig
 from dylora_stream.model.fetch import explain_load_error, fetch_backbone, is_model_folder
 from dylora_stream.model.identity import DEFAULT_TEMPLATE, folder_digest
 from dylora_stream.model.process import prepare_process
@@ -101,6 +101,7 @@ class Backbone:
     digest: str
     name: str
     dtype: torch.dtype
+    attention: Attention = "auto"
     template: PromptTemplate = field(default_factory=PromptTemplate)
     has_plain_head: bool = (
         True  # logits are head(states) with nothing after it (Gemma 2 caps, Granite scales)
@@ -255,6 +256,7 @@ def load_backbone(config: ModelConfig, folder: Path | None = None) -> Backbone:
         digest=folder_digest(place),
         name=config.name,
         dtype=dtype,
+        attention=config.attention,
         lone_blank=_lone_blank(tokenizer),
     )
     _rehearse(backbone)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.store import Store, digest, ground_of
 from dylora_stream.bench.tasks import Rows
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.adapters import Adapter
@@ -59,15 +59,7 @@ class Workbench:
     @property
     def ground(self) -> dict[str, Any]:
         """What every result depends on, but for rows and seeds."""
-        backbone = self.backbone
-        return {
-            "backbone": backbone.digest,
-            "dtype": str(backbone.dtype),
-            "stem": backbone.stem_layers,
-            "template": backbone.template.text,
-            "recipe": asdict(self.recipe),
-            "targets": list(backbone.targets),
-        }
+        return {**ground_of(self.backbone), "recipe": asdict(self.recipe)}
 
     def alone(self, name: str, seed: int) -> Expert:
         """The expert of a task that trained alone: all methods, orders and runs with such experts share it."""

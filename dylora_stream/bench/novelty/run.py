@@ -28,7 +28,7 @@ from dylora_stream.bench.novelty.script import FLOOD, OUTLIER, REPEAT, Script, o
 from dylora_stream.bench.novelty.tables import show
 from dylora_stream.bench.novelty.tally import tally
 from dylora_stream.bench.novelty.trained import score_all
-from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.store import Store, digest, ground_of
 from dylora_stream.bench.tasks import Task
 from dylora_stream.bootstrap.parts import faiss_index
 from dylora_stream.model.backbone import Backbone
@@ -201,10 +201,7 @@ def _folder(run: _Run) -> Iterator[Path]:
     if run.config.is_training:
         settings, backbone = run.settings, run.backbone
         ground = digest(
-            stem=backbone.stem_layers,
-            dtype=str(backbone.dtype),
-            attention=settings.model.attention,
-            template=backbone.template.text,
+            **ground_of(backbone),
             router=asdict(settings.router),
             novelty=asdict(settings.novelty),
         )

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import binomtest
 
 from dylora_stream.bench.novelty.judging import Ground, Rating, ReadTask
-from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.store import Store, digest, ground_of
 from dylora_stream.core.recipes import Recipe
 from dylora_stream.model.backbone import Backbone
 from dylora_stream.model.features import LabelledText
@@ -53,10 +53,7 @@ def score_all(ground: Ground, backbone: Backbone, recipe: Recipe, store: Store) 
         ground.tell(f"training and scoring: {expert or 'the backbone'}", number, 1 + len(ground.tasks))
         rows = () if expert is None else ground.tasks[expert].train.texts
         key = digest(
-            backbone=backbone.digest,
-            dtype=str(backbone.dtype),
-            stem=backbone.stem_layers,
-            template=backbone.template.text,
+            **ground_of(backbone),
             recipe=asdict(recipe),
             seed=ground.seed,
             train=[[row.input, row.output] for row in rows],

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from dylora_stream.bench.store import Store, digest
+from dylora_stream.bench.store import Store, digest, ground_of
 from dylora_stream.bench.throughput.data import TaskRows, read_tasks
 from dylora_stream.bench.throughput.measuring import Bench
 from dylora_stream.bench.throughput.report import write
@@ -50,10 +50,7 @@ def measure_accuracy(bench: Bench) -> None:
 def _kept_or_trained(store: Store, backbones: tuple[Backbone, Backbone], task: TaskRows, seed: int) -> Hits:
     backbone = backbones[0]
     key = digest(
-        backbone=backbone.digest,
-        dtype=str(backbone.dtype),
-        stem=backbone.stem_layers,
-        template=backbone.template.text,
+        **ground_of(backbone),
         recipe=asdict(SEEDING),
         seed=seed,
         train=[[row.input, row.output] for row in task.train],
