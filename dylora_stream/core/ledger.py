@@ -7,7 +7,7 @@
 Invariant: a `Changes` is applied whole or not at all, with the positions it was made from and the messages it causes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -130,6 +130,11 @@ class JobRecord:
     version: int = 0
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def attempt(self) -> str:
+        """Tells this job from an earlier one over the same rows, whose id is the same."""
+        return f"{self.job_id}:{self.created_ms}"
+
 
 @dataclass(slots=True, kw_only=True)
 class Changes:
@@ -155,9 +160,8 @@ class Changes:
     )  # positions of rows that are deleted, after the upserts
     ended: list[str] = field(default_factory=list)  # ids of clusters that are deleted, after the upserts
     era: int | None = None  # of the requests topic, from now on
-    unlabelled_before_ms: int | None = (
-        None  # rows without a right answer from before then are deleted as well
-    )
+    unlabelled_before_ms: dict[str, int] = field(default_factory=dict)
+    """By tenant: rows without a right answer from before then are deleted as well."""
 
     def __bool__(self) -> bool:
         return bool(
@@ -172,7 +176,7 @@ class Changes:
             or self.forgotten
             or self.ended
             or self.era is not None
-            or self.unlabelled_before_ms is not None
+            or self.unlabelled_before_ms
         )
 
 
@@ -219,8 +223,12 @@ class Ledger(Protocol):
         """The message of this mark and those before it are on the broker; forget them. A mark that none of them has is
         another ledger's, or one of long ago, and says nothing."""
 
-    def find(self, late: Feedback) -> LedgerRow | None:
-        """The row that a late answer is for, by its position or by request id and tenant."""
+    def find(self, answers: Sequence[Feedback]) -> list[LedgerRow]:
+        """The rows that late answers are for, by position, or by request id and tenant: of several the newest that has
+        no right answer. Fewer rows than answers where there is none."""
+
+    def at(self, positions: Sequence[str]) -> list[LedgerRow]:
+        """The rows that stand at these positions, fewer where there is none."""
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """The exact rows that this version was trained on, in the order given to training."""

@@ -1,5 +1,8 @@
 """The one thing worth a child process now: sketches, then a full buffer, then an expert with new rows.
 
+On a stream that brings new rows faster than they are sketched there are always some to sketch. So a full buffer comes
+before the second sketch job in a row, and an expert with new rows after a few; experts take turns.
+
 Nothing is changed here but the memory of what came to nothing. A job that failed (a full disk, a child that was killed)
 says nothing about its rows: its cluster or expert rests for a while, longer after each failure, and it is tried again;
 rows to be sketched with fewer at once (`learn.sketching`). An expert whose new version was rejected waits for twice as
@@ -17,6 +20,8 @@ from dylora_stream.learn.lifecycle import BackOff, LifecycleConfig, newest_disti
 from dylora_stream.learn.sketching import Sketching
 
 __all__ = ["Agenda", "JobRequest"]
+
+SKETCHES_IN_A_ROW = 4  # before an expert with new rows is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +54,15 @@ class Agenda:
         self._sketching = Sketching(rules, clock)
         self._resting: dict[str, BackOff] = {}  # clusters and experts whose last job failed
         self._in_vain: dict[str, _InVain] = {}  # by expert, since its last new version
+        self._sketched = 0  # sketch jobs since another one ended
+        self._consolidated: dict[str, None] = {}  # experts that had a job, the one that waits longest first
 
     def next(self, registry: Registry) -> JobRequest | None:
         """The most useful job, or None."""
-        return self._sketch_job() or self._seed_job(registry) or self._consolidation_job(registry)
+        job = self._seed_job(registry) if self._sketched else None
+        if job is None and self._sketched >= SKETCHES_IN_A_ROW:
+            job = self._consolidation_job(registry)
+        return job or self._sketch_job() or self._seed_job(registry) or self._consolidation_job(registry)
 
     def held_back(self, registry: Registry) -> list[ClusterRecord]:
         """Clusters that would be experts, were there a place in the pool."""
@@ -60,12 +70,14 @@ class Agenda:
 
     def done(self, job: JobRecord) -> None:
         """The job gave what it was asked for: sketches, or a decision."""
+        self._take_turns(job)
         if job.kind is JobKind.SKETCH:
             self._sketching.done(job)
         self._resting.pop(_whose(job), None)
 
     def failed(self, job: JobRecord) -> str | None:
         """The job gave nothing; the position of the row that is to be given up for it, if it is one."""
+        self._take_turns(job)
         if job.kind is JobKind.SKETCH:
             return self._sketching.failed(job)
         self._resting.setdefault(_whose(job), BackOff()).failed(self._clock.now_ms())
@@ -79,6 +91,13 @@ class Agenda:
     def has_new_version(self, expert_id: str) -> None:
         """What was in vain before is forgotten."""
         self._in_vain.pop(expert_id, None)
+
+    def _take_turns(self, job: JobRecord) -> None:
+        """Whoever had a job is asked last."""
+        self._sketched = self._sketched + 1 if job.kind is JobKind.SKETCH else 0
+        if job.kind is JobKind.CONSOLIDATE:
+            self._consolidated.pop(job.expert_id or "", None)
+            self._consolidated[job.expert_id or ""] = None
 
     def _sketch_job(self) -> JobRequest | None:
         rows = self._sketching.next(self._buffers.rows.in_state(RowState.WAITING))
@@ -104,7 +123,8 @@ class Agenda:
     def _consolidation_job(self, registry: Registry) -> JobRequest | None:
         if not self._is_full(registry) and self._is_filling():  # what nobody knows yet comes first
             return None
-        for version in registry.experts:
+        turns = {expert_id: place for place, expert_id in enumerate(self._consolidated)}
+        for version in sorted(registry.experts, key=lambda version: turns.get(version.expert_id, -1)):
             owned = self._buffers.rows.of_expert(version.expert_id)
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
             if self._is_due(version.expert_id, rows) and not self._rests(version.expert_id):

@@ -175,20 +175,24 @@ class Buffers:
         return self.rows.of_request(late.id or "", late.tenant)
 
     def expire(self, now_ms: int, changes: Changes) -> None:
-        """Give up clusters without a new row for too long, and rows that no answer came for, by record time: an old
-        stream that is read late is not old. A closed cluster is forgotten so too: its like is new again.
+        """Give up clusters without a new row for too long, and rows that no answer came for, by the time of the
+        tenant's own records: an old stream that is read late is not old, whoever else is live. A closed cluster is
+        forgotten so too: its like is new again.
 
         No record is from later than `now_ms`, whatever its sender's clock says.
         """
-        newest_ms = max((row.time_ms for row in self.rows.values()), default=now_ms)
-        before_ms = min(newest_ms, now_ms) - self._rules.expire_after_ms
-        for online in self._online.values():
-            for position in online.expired(before_ms):
+        newest: dict[str, int] = {}
+        for row in self.rows.values():
+            newest[row.tenant] = max(newest.get(row.tenant, 0), row.time_ms)
+        for tenant, newest_ms in newest.items():
+            before_ms = min(newest_ms, now_ms) - self._rules.expire_after_ms
+            changes.unlabelled_before_ms[tenant] = before_ms
+            online = self._online.get(tenant)
+            for position in online.expired(before_ms) if online is not None else ():
                 self.put(replace(self.rows[position], state=RowState.SETTLED, cluster_id=None), changes)
-                online.forget([position])
-        changes.unlabelled_before_ms = before_ms
+                self._online[tenant].forget([position])
         for row in self.rows.in_state(RowState.UNLABELLED):
-            if row.time_ms < before_ms:
+            if row.time_ms < changes.unlabelled_before_ms[row.tenant]:
                 self.rows.drop(row.position)
 
     def tidy(self, now_ms: int, busy: Collection[str], changes: Changes) -> None:

@@ -9,7 +9,7 @@ Each returns `Changes`, to be committed before anything of it is told to anyone;
 them, so a curator whose commit failed must be thrown away (the process ends; the next one loads the ledger).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from dylora_stream.core.ledger import (
     JobKind,
     JobRecord,
     JobState,
+    LedgerRow,
     LedgerState,
     RowState,
 )
@@ -41,6 +42,8 @@ from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecords
 from dylora_stream.learn.retirement import put_aside, retirement
 
 __all__ = ["Curator", "CuratorConfig"]
+
+UNCLAIMED = (RowState.WAITING, RowState.UNLABELLED, RowState.CLUSTERED)  # what a new expert may claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +92,16 @@ class Curator:
     ) -> Changes:
         """New samples and late answers; `positions` is how far the topics were read."""
         changes = Changes(positions=dict(positions))
+        dated = [self._dated(sample) for sample in samples]
         fresh = {
             str(sample.position): sample
-            for sample in self.late.complete(samples, changes)
+            for sample in self.late.complete(dated, changes)
             if str(sample.position) not in self._buffers.rows
         }
-        for tenant in sorted({sample.tenant for sample in fresh.values()}):
+        tenants = sorted({sample.tenant for sample in fresh.values()})
+        for tenant in tenants:
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
-            self._ask_for_labels(tenant, changes)
+        self._ask_for_labels(tenants, changes)
         for late in feedback:
             labelled = self.late.take(late, self.registry, changes)
             if labelled is not None:
@@ -108,10 +113,29 @@ class Curator:
         self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
 
+    def has(self, position: str) -> bool:
+        """Whether the row of this position is at hand."""
+        return position in self._buffers.rows
+
+    def bring_back(self, row: LedgerRow) -> None:
+        """A row that lay in the ledger alone is at hand again."""
+        self._buffers.rows.put(row)
+
     def knows_another(self, sample: Sample) -> bool:
         """Whether another record than this one is at hand under its position."""
         row = self._buffers.rows.get(str(sample.position))
-        return row is not None and (row.input, row.time_ms) != (sample.input, sample.timestamp_ms)
+        if row is None or row.input != sample.input:
+            return row is not None
+        return self._has_time(sample) and row.time_ms != sample.timestamp_ms
+
+    def _has_time(self, sample: Sample) -> bool:
+        """Whether its sender's clock can be right; a producer may also give none."""
+        return 0 < sample.timestamp_ms <= self._clock.now_ms()
+
+    def _dated(self, sample: Sample) -> Sample:
+        """A sample without a time that can be right is from now: one from next year would be the newest of all rows
+        until then, and hold up whatever asks for the newest."""
+        return sample if self._has_time(sample) else replace(sample, timestamp_ms=self._clock.now_ms())
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""
@@ -128,12 +152,14 @@ class Curator:
             self._buffers.put(row, changes)
             self._tracks.add(row)
 
-    def _ask_for_labels(self, tenant: str, changes: Changes) -> None:
+    def _ask_for_labels(self, tenants: Sequence[str], changes: Changes) -> None:
         """Said once a buffer's worth of new rows without a right answer has come, and at each doubling."""
-        rows = sum(row.tenant == tenant for row in self._buffers.rows.in_state(RowState.UNLABELLED))
-        if rows >= self._label_at[tenant]:
-            self._label_at[tenant] = 2 * rows
-            self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
+        counts = Counter(row.tenant for row in self._buffers.rows.in_state(RowState.UNLABELLED))
+        for tenant in tenants:
+            rows = counts[tenant]
+            if rows >= self._label_at[tenant]:
+                self._label_at[tenant] = 2 * rows
+                self._tell(EventType.CLUSTER_AWAITING_LABELS, tenant, str(rows), changes, {"rows": rows})
 
     def _promote_mature(self, changes: Changes) -> None:
         """Experts whose record is long and good enough take their rows alone from now on."""
@@ -174,12 +200,11 @@ class Curator:
             cluster = self._buffers.clusters[request.cluster_id]
             self._buffers.put_cluster(replace(cluster, state=ClusterState.TRAINING), changes)
             self._buffers.take_out(cluster.cluster_id, cluster.tenant)
-            self._tell(
-                EventType.BUFFER_READY, cluster.cluster_id, job_id, changes, {"rows": len(request.rows)}
-            )
+            ready = {"rows": len(request.rows)}
+            self._tell(EventType.BUFFER_READY, cluster.cluster_id, job.attempt, changes, ready)
         if job.expert_id is not None:
             data = {"job": job_id, "kind": job.kind, "rows": len(request.rows), "version": job.version}
-            self._tell(EventType.TRAINING_STARTED, job.expert_id, job_id, changes, data)
+            self._tell(EventType.TRAINING_STARTED, job.expert_id, job.attempt, changes, data)
         return changes
 
     # ── finish ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -202,8 +227,8 @@ class Curator:
             row = self._buffers.rows[position]
             if row.state is RowState.WAITING:
                 self._tell_moved(self._buffers.place(replace(row, sketch=sketch), changes), position, changes)
-        self._reassign(changes)
-        for tenant in self._buffers.tenants():
+        self._reassign(changes, [RowState.CLUSTERED])  # nobody is new to claim the others
+        for tenant in sorted({self._buffers.rows[position].tenant for position in sketches}):
             self._tell_moved(self._buffers.recluster(tenant, changes), job.job_id, changes)
         self._buffers.expire(self._clock.now_ms(), changes)
         self._tell_held_back(changes)
@@ -223,14 +248,13 @@ class Curator:
         changes.jobs[job.job_id] = self._ended(job, JobState.DONE, report)
         self._agenda.done(job)
         expert_id = job.expert_id or ""
-        self._tell(
-            EventType.TRAINING_COMPLETED, expert_id, job.job_id, changes, {"job": job.job_id, **report}
-        )
+        said = {"job": job.job_id, **report}
+        self._tell(EventType.TRAINING_COMPLETED, expert_id, job.attempt, changes, said)
         if registry is not None:
             self._go_live(job, report, registry, changes)
         elif job.kind is JobKind.CONSOLIDATE:
             self._agenda.was_in_vain(job)
-            self._tell(EventType.EXPERT_REJECTED, expert_id, job.job_id, changes, report)
+            self._tell(EventType.EXPERT_REJECTED, expert_id, job.attempt, changes, report)
         else:
             self._settle(job, report, changes)
         return changes
@@ -241,9 +265,8 @@ class Curator:
         changes = Changes()
         changes.jobs[job.job_id] = self._ended(job, JobState.FAILED, {"error": error})
         entity = job.expert_id or job.job_id
-        self._tell(
-            EventType.TRAINING_FAILED, entity, job.job_id, changes, {"job": job.job_id, "error": error}
-        )
+        said = {"job": job.job_id, "error": error}
+        self._tell(EventType.TRAINING_FAILED, entity, job.attempt, changes, said)
         if job.cluster_id is not None:
             self._reopen(self._buffers.clusters[job.cluster_id], changes)
         row = self._buffers.rows.get(self._agenda.failed(job) or "")
@@ -291,12 +314,12 @@ class Curator:
             for row in members:
                 self._buffers.assign(row, neighbour, changes)
             merged = {"into": neighbour, "reason": decision, "rows": len(members)}
-            self._tell(EventType.CLUSTER_MERGED, cluster.cluster_id, job.job_id, changes, merged)
+            self._tell(EventType.CLUSTER_MERGED, cluster.cluster_id, job.attempt, changes, merged)
         elif decision == "known_to_backbone":
             self._buffers.put_cluster(replace(cluster, state=ClusterState.KNOWN), changes)
             self._buffers.settle(cluster.cluster_id, changes)
         else:
-            self._tell(EventType.EXPERT_REJECTED, job.expert_id or "", job.job_id, changes, report)
+            self._tell(EventType.EXPERT_REJECTED, job.expert_id or "", job.attempt, changes, report)
             self._back_off(cluster, changes)
 
     def _back_off(self, cluster: ClusterRecord, changes: Changes) -> None:
@@ -354,13 +377,13 @@ class Curator:
 
     # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _reassign(self, changes: Changes) -> None:
+    def _reassign(self, changes: Changes, states: Sequence[RowState] = UNCLAIMED) -> None:
         """Waiting rows that the newest experts may claim are theirs."""
         clusters = self._buffers.clusters.items()
         training = {key for key, cluster in clusters if cluster.state is ClusterState.TRAINING}
         waiting = [
             row
-            for state in (RowState.WAITING, RowState.UNLABELLED, RowState.CLUSTERED)
+            for state in states
             for row in self._buffers.rows.in_state(state)
             if row.cluster_id not in training
         ]

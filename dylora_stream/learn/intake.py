@@ -73,13 +73,13 @@ class Intake:
                 self._decode(record, taken)
             except BadRecord as error:
                 log.warning("sample_unreadable", position=str(record.position), reason=error.reason)
+        self._bring_back([str(in_era(sample.position, self._era)) for sample in taken.samples])
         taken.samples = [self._dated(sample) for sample in taken.samples]
         taken.feedback = [
             late if late.position is None else replace(late, position=in_era(late.position, self._era))
             for late in taken.feedback
         ]
-        for late in taken.feedback:
-            self._recall(late)
+        self._recall([late for late in taken.feedback if not self._curator.late.remembers(late)])
         taken.era = None if era == self._era else self._era
         self.positions |= ahead
         return taken
@@ -107,12 +107,15 @@ class Intake:
         self._era += 1
         log.warning("requests_made_anew", era=self._era)
 
-    def _recall(self, late: Feedback) -> None:
-        """The row of an answer that comes very late lies in the ledger alone."""
-        if not self._curator.late.remembers(late):
-            row = self._ledger.find(late)
-            if row is not None:
-                self._curator.late.recall(row)
+    def _bring_back(self, positions: Sequence[str]) -> None:
+        """What was trained on is never replaced, though it lies in the ledger alone."""
+        for row in self._ledger.at([each for each in positions if not self._curator.has(each)]):
+            self._curator.bring_back(row)
+
+    def _recall(self, answers: Sequence[Feedback]) -> None:
+        """Rows of answers that come very late lie in the ledger alone."""
+        for row in self._ledger.find(answers) if answers else ():
+            self._curator.late.recall(row)
 
     def _next_offset(self, record: RawRecord) -> int:
         return self.positions.get((record.position.topic, record.position.partition), 0)

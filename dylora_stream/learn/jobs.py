@@ -10,6 +10,7 @@ The child is exec'd, never forked, into a session of its own, niced, with `learn
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file
 
 from dylora_stream.core.clustering import Reference
 from dylora_stream.core.durable import put_in_place
-from dylora_stream.core.errors import TrainingFailed
+from dylora_stream.core.errors import DiskFull, StoreError, TrainingFailed
 from dylora_stream.core.ledger import LedgerRow
 from dylora_stream.core.ports import JobUpdate
 
@@ -50,17 +51,25 @@ def job_digest(description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> str
 
 
 def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Path:
-    """The job's folder, written aside and put in place; one that is there already is kept with its result."""
+    """The job's folder, written aside and put in place; one that is there already is kept with its result.
+
+    Raises DiskFull, and StoreError where it cannot be written.
+    """
     folder = root / job_id
     if (folder / "job.json").exists():
         return folder
     aside = root / f".{job_id}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    (aside / "job.json").write_text(json.dumps({"id": job_id, **description}, indent=1, default=str))
-    lines = (json.dumps(_row_document(row)) for row in rows)
-    (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    put_in_place(aside, folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "job.json").write_text(json.dumps({"id": job_id, **description}, indent=1, default=str))
+        lines = (json.dumps(_row_document(row)) for row in rows)
+        (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        put_in_place(aside, folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFull(f"no room left in {root}; free some space") from error
+        raise StoreError(f"{root} cannot be written ({error.strerror or error})") from error
     return folder
 
 

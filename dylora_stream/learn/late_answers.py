@@ -78,7 +78,8 @@ class LateAnswers:
         if row is None:
             if late.target in self._kept:
                 self._let_go(late.target, changes)
-            dated = late if late.timestamp_ms else replace(late, timestamp_ms=self._clock.now_ms())
+            now_ms = self._clock.now_ms()
+            dated = replace(late, timestamp_ms=min(late.timestamp_ms or now_ms, now_ms))
             self._keep(dated)
             changes.answers[late.target] = dated
             return None

@@ -23,7 +23,7 @@ class Rows:
         self._states: dict[RowState, Table] = {state: {} for state in RowState}
         self._clusters: dict[str, Table] = {}
         self._owners: dict[str, Table] = {}
-        self._requests: dict[tuple[str, str], str] = {}
+        self._requests: dict[tuple[str, str], Table] = {}
         for row in rows:
             self.put(row)
 
@@ -52,15 +52,10 @@ class Rows:
         self._all[row.position] = row
         for table in self._tables(row):
             table[row.position] = row
-        if row.request_id is not None:
-            self._requests.setdefault((row.tenant, row.request_id), row.position)
 
     def drop(self, position: str) -> None:
         """The row is remembered no more."""
-        row = self._all.pop(position)
-        self._unlist(row)
-        if row.request_id is not None and self._requests.get((row.tenant, row.request_id)) == position:
-            del self._requests[row.tenant, row.request_id]
+        self._unlist(self._all.pop(position))
 
     def in_state(self, state: RowState) -> list[LedgerRow]:
         """Oldest first."""
@@ -83,8 +78,10 @@ class Rows:
         return sorted(expert_id for expert_id, table in self._owners.items() if table)
 
     def of_request(self, request_id: str, tenant: str) -> LedgerRow | None:
-        """The first row of the request with this id."""
-        return self._all.get(self._requests.get((tenant, request_id), ""))
+        """The newest row of a request with this id, one without a right answer before all others: a sender may use an
+        id again."""
+        rows = self._requests.get((tenant, request_id), {}).values()
+        return max(rows, key=lambda row: (row.output is None, *by_age(row)), default=None)
 
     def _tables(self, row: LedgerRow) -> list[Table]:
         """Where the row is listed."""
@@ -93,6 +90,8 @@ class Rows:
             tables.append(self._clusters.setdefault(row.cluster_id, {}))
         if row.state is RowState.ASSIGNED and row.expert_id is not None:
             tables.append(self._owners.setdefault(row.expert_id, {}))
+        if row.request_id is not None:
+            tables.append(self._requests.setdefault((row.tenant, row.request_id), {}))
         return tables
 
     def _unlist(self, row: LedgerRow) -> None:
@@ -100,3 +99,6 @@ class Rows:
             table.pop(row.position, None)
         if not self._clusters.get(row.cluster_id or "", True):
             del self._clusters[row.cluster_id or ""]
+        request = (row.tenant, row.request_id or "")
+        if not self._requests.get(request, True):
+            del self._requests[request]

@@ -281,12 +281,13 @@ class LearnService:
         if job.expert_id is None or share < self._progress_told + 0.25:
             return
         self._progress_told = share
-        cause = f"{job.job_id}:{progress.get('step')}"
+        cause = f"{job.attempt}:{progress.get('step')}"
         now_ms = self._ports.clock.now_ms()
         event = lifecycle_event(
             EventType.TRAINING_PROGRESS, job.expert_id, cause, now_ms, {"job": job.job_id, **progress}
         )
-        self._commit(Changes(messages=[self._ports.codec.encode_event(event)]))
+        message = self._ports.codec.encode_event(event)
+        self._commit(Changes(messages=[message], events=[EventType.TRAINING_PROGRESS]))
 
     def _finish(self, job: JobRecord, result: Path) -> Changes:
         """What the child brought is decided about. Raises TrainingFailed where it cannot be read."""

@@ -237,9 +237,10 @@ class DuckLedger:
                 self._db.register("gone", pa.table({"name": names}))
                 self._db.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT name FROM gone)")  # noqa: S608 - ours
                 self._db.unregister("gone")
-        if changes.unlabelled_before_ms is not None:
+        for tenant, before_ms in changes.unlabelled_before_ms.items():
             self._db.execute(
-                "DELETE FROM rows WHERE state = 'unlabelled' AND time_ms < ?", [changes.unlabelled_before_ms]
+                "DELETE FROM rows WHERE state = 'unlabelled' AND tenant = ? AND time_ms < ?",
+                [tenant, before_ms],
             )
 
     def _upsert(self, table: str, values: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
@@ -282,14 +283,28 @@ class DuckLedger:
                 "DELETE FROM outbox WHERE sequence <= (SELECT sequence FROM outbox WHERE mark = ?)", [mark]
             )
 
-    def find(self, late: Feedback) -> LedgerRow | None:
+    def find(self, answers: Sequence[Feedback]) -> list[LedgerRow]:
         """See the port."""
-        where, values = "request_id = ? AND tenant = ?", [late.id, late.tenant]
-        if late.position is not None:
-            where, values = "position = ?", [str(late.position)]
+        found = self.at([str(late.position) for late in answers if late.position is not None])
+        named = [late for late in answers if late.position is None]
+        if named:
+            query = (
+                "SELECT * FROM rows WHERE (request_id, tenant) IN (SELECT unnest($ids), unnest($tenants)) "
+                "QUALIFY row_number() OVER "
+                "(PARTITION BY request_id, tenant ORDER BY output IS NOT NULL, time_ms DESC) = 1"
+            )
+            values = {"ids": [late.id for late in named], "tenants": [late.tenant for late in named]}
+            with database_errors(self.path):
+                found += self._rows(query, values)
+        return found
+
+    def at(self, positions: Sequence[str]) -> list[LedgerRow]:
+        """See the port."""
+        if not positions:
+            return []
+        query = "SELECT * FROM rows WHERE position IN (SELECT unnest($positions))"
         with database_errors(self.path):
-            found = self._rows(f"SELECT * FROM rows WHERE {where} ORDER BY time_ms LIMIT 1", values)  # noqa: S608 - ours
-        return found[0] if found else None
+            return self._rows(query, {"positions": list(positions)})
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """See the port."""

@@ -195,6 +195,8 @@ def decode_sample(record: RawRecord) -> Sample:
         )
     except ValueError as error:
         raise BadRecord("wrong_type", f"`features` is not base64 of float16 numbers: {error}") from error
+    if not np.isfinite(features).all():
+        raise BadRecord("wrong_type", "`features` has a number that is none")
     return Sample(
         position=Position.parse(data.position),
         id=data.id,

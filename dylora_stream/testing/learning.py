@@ -87,7 +87,9 @@ class MemoryLedger:
             position: row
             for position, row in self._rows.items()
             if position not in changes.forgotten
-            and not (row.state is RowState.UNLABELLED and before_ms is not None and row.time_ms < before_ms)
+            and not (
+                row.state is RowState.UNLABELLED and row.time_ms < before_ms.get(row.tenant, row.time_ms)
+            )
         }
         clusters = self._clusters | changes.clusters
         self._clusters = {name: each for name, each in clusters.items() if name not in changes.ended}
@@ -119,12 +121,20 @@ class MemoryLedger:
         marks = [entry[0] for entry in self._outbox]
         self._outbox = self._outbox[marks.index(mark) + 1 :] if mark in marks else self._outbox
 
-    def find(self, late: Feedback) -> LedgerRow | None:
+    def find(self, answers: Sequence[Feedback]) -> list[LedgerRow]:
         """See the port."""
-        if late.position is not None:
-            return self._rows.get(str(late.position))
-        mine = (row for row in self._rows.values() if (row.request_id, row.tenant) == (late.id, late.tenant))
-        return next(mine, None)
+        found = {row.position: row for row in self.at([str(late.position) for late in answers])}
+        for late in answers:
+            named = (late.id, late.tenant) if late.id is not None else None
+            mine = [row for row in self._rows.values() if (row.request_id, row.tenant) == named]
+            if mine:
+                row = max(mine, key=lambda row: (row.output is None, row.time_ms))
+                found[row.position] = row
+        return list(found.values())
+
+    def at(self, positions: Sequence[str]) -> list[LedgerRow]:
+        """See the port."""
+        return [self._rows[position] for position in positions if position in self._rows]
 
     def training_rows(self, expert_id: str, version: int) -> list[LedgerRow]:
         """See the port."""

@@ -192,7 +192,7 @@ def test_rows_that_waited_too_long_for_an_answer_are_deleted(ledger: Ledger) -> 
     """Rows without one from before a time; rows of other states stay."""
     rows = [row(1, state=RowState.UNLABELLED), row(2), row(3, state=RowState.UNLABELLED)]
     ledger.commit(Changes(rows={each.position: each for each in rows}))
-    ledger.commit(Changes(unlabelled_before_ms=row(3).time_ms))
+    ledger.commit(Changes(unlabelled_before_ms={"default": row(3).time_ms, "acme": row(9).time_ms}))
     assert_same_rows(list(reloaded(ledger).load().rows), rows[1:])
 
 
@@ -209,11 +209,22 @@ def test_only_the_newest_rows_without_an_answer_are_loaded_and_all_are_found(
     by_position = Feedback(position=Position("requests", 0, 1), id=None, output="x")
     by_id = Feedback(position=None, id="id-1", output="x", tenant="default")
     for late in (by_position, by_id):
-        found = ledger.find(late)
-        assert found is not None
-        assert_same_rows([found], rows[:1])
-    assert ledger.find(replace(by_id, tenant="acme")) is None
-    assert ledger.find(replace(by_position, position=Position("requests", 0, 9))) is None
+        assert_same_rows(ledger.find([late]), rows[:1])
+    nobodys = [replace(by_id, tenant="acme"), replace(by_position, position=Position("requests", 0, 9))]
+    assert ledger.find(nobodys) == ledger.find([]) == ledger.at([]) == []
+    assert_same_rows(ledger.find([*nobodys, by_id]), rows[:1])
+    assert_same_rows(ledger.at([rows[0].position, "requests:0:9"]), rows[:1])
+
+
+def test_of_rows_with_one_id_the_newest_without_an_answer_is_found(ledger: Ledger) -> None:
+    """Senders use ids again."""
+    rows = [
+        row(n, state=RowState.UNLABELLED, request_id="7", output=out)
+        for n, out in ((1, None), (2, None), (3, "x"))
+    ]
+    ledger.commit(Changes(rows={each.position: each for each in rows}))
+    late = Feedback(position=None, id="7", output="x", tenant="default")
+    assert_same_rows(ledger.find([late, late]), rows[1:2])
 
 
 def test_of_rows_that_were_trained_on_a_start_loads_the_newest(ledger: Ledger) -> None:

@@ -136,7 +136,7 @@ def test_a_very_late_answer_finds_its_row_in_the_ledger(monkeypatch: pytest.Monk
     late = Feedback(position=None, id="id-3", output="APPLE 3")
     assert not desk.curator.late.remembers(late)
     assert len(desk.rows) == 200
-    found = desk.ledger.find(late)
+    (found,) = desk.ledger.find([late])
     assert found is not None
     desk.curator.late.recall(found)
     desk.hear(late)
