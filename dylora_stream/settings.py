@@ -10,6 +10,7 @@ Imports no model library: settings are read in processes that never load a model
 
 import difflib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ __all__ = ["ExplainedValue", "Settings", "StoreConfig", "is_secret", "load_setti
 PREFIX = "DYLORA_"
 DELIMITER = "__"
 CONFIG_VARIABLE = "DYLORA_CONFIG"  # names the TOML file
+MOST_THREADS = 1024
 NO_SETTINGS = frozenset({"consolidation.rank"})  # a later version has the rank of its expert's first one
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "DYLORA_TEST_BOOTSTRAP"})  # not settings, but ours
 DEFAULT_FILE = Path("dylora.toml")
@@ -71,8 +73,8 @@ class StoreConfig:
     """DuckDB's threads: buffers are small, the cores belong to the model."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}: it must be at least 1")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads is {self.threads}: it must lie between 1 and {MOST_THREADS}")
         url = urlsplit(self.experts)
         if url.password is not None:
             raise ValueError(
@@ -102,7 +104,7 @@ class Settings(BaseSettings):
     )
 
     kafka: KafkaConfig = KafkaConfig(  # no instance: the data folder has an id of its own (`store.identity`)
-        bootstrap_servers="127.0.0.1:9092", group="dylora", instance=""
+        bootstrap_servers="127.0.0.1:9092", group="", instance=""
     )
     topics: TopicLayout = TopicLayout()
     model: ModelConfig = ModelConfig()
@@ -149,6 +151,14 @@ class Settings(BaseSettings):
                 "could load the experts; raise pool.rank, or lower seeding.rank"
             )
         return self
+
+    def check_numbers(self) -> None:
+        """No number is infinite or none. Raises SettingsError."""
+        for name in setting_names():
+            section, field = name.split(".")
+            value = getattr(getattr(self, section), field)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingsError(f"{name} is {value}: use a finite number")
 
     def with_origins(self, origins: Mapping[str, str], arguments: Sequence[str]) -> Self:
         """The same settings, knowing where each came from; `load_settings` calls it."""
@@ -211,6 +221,7 @@ def load_settings(config: Path | None = None, flags: Sequence[str] = ()) -> Sett
         settings = _reading(file)(**values)
     except ValidationError as error:
         raise SettingsError(_explained(error, origins)) from error
+    settings.check_numbers()
     return settings.with_origins(origins, _as_arguments(file, flags))
 
 
@@ -237,7 +248,10 @@ def _read_file(file: Path | None) -> Tree:
     if file is None:
         return {}
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise SettingsError(f"{file} begins with a byte order mark: save it as UTF-8 without one")
+        tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{file} is not readable as TOML: {error}") from error
     for section, values in tree.items():

@@ -38,7 +38,7 @@ from dylora_stream.ops.http import Health, HttpPort, HttpRoutes
 from dylora_stream.ops.metrics import Metrics
 from dylora_stream.ops.supervisor import Role, Supervisor
 from dylora_stream.settings import Settings
-from dylora_stream.store.identity import Identity, check_folder, claim_identity
+from dylora_stream.store.identity import Identity, check_folder, claim_folder, claim_identity
 from dylora_stream.store.journal import FileJournal
 from dylora_stream.stream.broker import EmbeddedIds
 from dylora_stream.stream.changelog import KafkaChangelog
@@ -166,6 +166,7 @@ def supervise(settings: Settings, *, is_supervised: bool = False) -> int:
     check_method(settings)
     configure_logs(settings.log, "supervisor")
     check_folder(settings.store.folder)
+    lock = claim_folder(settings.store.folder)
     fetch_model(settings, lambda line: log.info("model_fetched", detail=line))
     wait_for_broker(kafka_of(settings, "supervisor"))
     base = (sys.executable, "-m", "dylora_stream", "run", "--supervised")
@@ -176,7 +177,8 @@ def supervise(settings: Settings, *, is_supervised: bool = False) -> int:
     end = supervisor.end  # one object: the thread holds it weakly
     if is_supervised:
         _watch_pipe(end)
-    return supervisor.run()
+    with lock:
+        return supervisor.run()
 
 
 class _Service(Protocol):
@@ -241,10 +243,15 @@ def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConf
     identity = claim_identity(settings.store.folder, role, instance_of(settings))
     closing.callback(identity.lock.close)
     configure_logs(settings.log, identity.name)
-    kafka = kafka_of(settings, identity.name, f"{settings.kafka.group}.{role}")
+    kafka = kafka_of(settings, identity.name, f"{_group(settings)}.{role}")
     wait_for_broker(kafka)
     create_topics(settings)
     return kafka, identity
+
+
+def _group(settings: Settings) -> str:
+    """Daemons of several prefixes are several groups: the joins of one would hold up the other."""
+    return settings.kafka.group or settings.kafka.prefix.strip(".") or "dylora"
 
 
 def _transactional_ids(settings: Settings, identity: Identity) -> TransactionalIds:

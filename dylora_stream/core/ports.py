@@ -21,12 +21,29 @@ from dylora_stream.core.messages import (
 )
 
 __all__ = [
-    "Activation", "Answerer", "Batch", "Changelog", "Checkpoint", "Child", "Clock", "Codec", "CrashJournal",
-    "ExpertStore", "IndexFactory", "JobUpdate", "LoadFailure", "OwnPositions", "Partition", "Sink", "Source",
+    "LONGEST_POLL_S",
+    "Activation",
+    "Answerer",
+    "Batch",
+    "Changelog",
+    "Checkpoint",
+    "Child",
+    "Clock",
+    "Codec",
+    "CrashJournal",
+    "ExpertStore",
+    "IndexFactory",
+    "JobUpdate",
+    "LoadFailure",
+    "OwnPositions",
+    "Partition",
+    "Sink",
+    "Source",
     "VectorIndex",
 ]  # fmt: skip
 
 Partition = tuple[str, int]  # topic, partition
+LONGEST_POLL_S = 60.0  # an idle poll holds up a new registry, and the end, for as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

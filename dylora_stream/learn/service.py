@@ -33,6 +33,7 @@ from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import Changes, JobKind, JobRecord, Ledger
 from dylora_stream.core.messages import RawRecord, Sample
 from dylora_stream.core.ports import (
+    LONGEST_POLL_S,
     Changelog,
     Checkpoint,
     Child,
@@ -77,6 +78,11 @@ class LearnConfig:
     def __post_init__(self) -> None:
         if self.batch_records < 1 or self.threads < 1:
             raise ValueError("batch_records and threads must be at least 1")
+        if not (0 <= self.poll_timeout_s <= LONGEST_POLL_S and self.registry_timeout_s > 0):
+            raise ValueError(
+                f"poll_timeout_s is {self.poll_timeout_s} and registry_timeout_s {self.registry_timeout_s}: use 0 to "
+                f"{LONGEST_POLL_S:g}, and more than 0"
+            )
         if not 0 <= self.niceness <= 19:
             raise ValueError(f"niceness must lie between 0 and 19, not {self.niceness}")
 

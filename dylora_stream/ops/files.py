@@ -181,7 +181,7 @@ def _lines(path: Path) -> Iterator[FileRecord]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -244,12 +244,12 @@ def _record(row: Mapping[str, Any], place: str, key_field: str | None) -> FileRe
 
 
 def _encoded(row: Mapping[str, Any], place: str, key_field: str | None) -> FileRecord:
-    if row.keys() & RECORD_FIELDS:
-        record = _as_recorded(row, place)
-    elif "input" in row:
+    if "input" in row:
         record = FileRecord(
             value=json.dumps(row, ensure_ascii=False, default=str).encode(), headers=JSON_HEADERS
         )
+    elif row.keys() & RECORD_FIELDS:
+        record = _as_recorded(row, place)
     else:
         raise DyloraError(
             f"{place} has neither `input` nor `value`; its fields are {', '.join(map(str, row))}"

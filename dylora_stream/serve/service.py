@@ -27,6 +27,7 @@ from dylora_stream.core.events import EventType, lifecycle_event
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.messages import RawRecord
 from dylora_stream.core.ports import (
+    LONGEST_POLL_S,
     Activation,
     Answerer,
     Changelog,
@@ -64,6 +65,11 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.batch_records < 1:
             raise ValueError(f"batch_records must be at least 1, not {self.batch_records}")
+        if not (0 <= self.poll_timeout_s <= LONGEST_POLL_S and self.registry_timeout_s > 0):
+            raise ValueError(
+                f"poll_timeout_s is {self.poll_timeout_s} and registry_timeout_s {self.registry_timeout_s}: use 0 to "
+                f"{LONGEST_POLL_S:g}, and more than 0"
+            )
         if self.drain_deadline_s < 0:
             raise ValueError(f"drain_deadline_s must be at least 0, not {self.drain_deadline_s}")
         if not 0 <= self.sample_share <= 1:

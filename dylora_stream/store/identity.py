@@ -22,7 +22,7 @@ from typing import TextIO
 
 from dylora_stream.core.errors import StoreError
 
-__all__ = ["Identity", "check_folder", "claim_identity", "folder_id", "is_in_use"]
+__all__ = ["Identity", "check_folder", "claim_folder", "claim_identity", "folder_id", "is_in_use"]
 
 MOST_INSTANCES = 64  # of one role in one data folder
 ID_BYTES = 4  # of chance: some thousand folders, and one in a thousand that two of them have one id
@@ -62,6 +62,27 @@ def folder_id(folder: Path) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             return found
+
+
+def claim_folder(folder: Path) -> TextIO:
+    """The one supervisor of a data folder; keep the file open for the life of the process. Raises StoreError."""
+    with _folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.pid").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            found = lock.read().strip()
+            lock.close()
+            raise StoreError(
+                f"another `dylora-stream run` (process {found}) works in {folder}: stop it, or give this one another "
+                "store.folder; more serve workers on one folder are `run --role serve`"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
 
 
 def is_in_use(folder: Path) -> bool:

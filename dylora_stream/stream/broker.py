@@ -30,6 +30,7 @@ __all__ = [
 
 GLIBC_NEEDED = (2, 34)  # what the binary's symbols ask for, whatever its wheel says
 MARKER = "broker.json"
+KNOWN = "broker-{}.json"  # of one whose data lie elsewhere, by its port
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 9092
 READY_S = 60.0
@@ -94,11 +95,12 @@ def noida_binary() -> Path:
 
 def is_embedded(bootstrap_servers: str, data_dir: Path) -> bool:
     """Whether these servers are the embedded broker that keeps its data in `data_dir`, or is known there."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        marker = json.loads((data_dir / MARKER).read_text())
-        return bool(
-            marker["kind"] == "embedded" and marker["bootstrap_servers"] == _as_marked(bootstrap_servers)
-        )
+    for path in (data_dir / MARKER, *data_dir.glob(KNOWN.format("*"))):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            marker = json.loads(path.read_text())
+            is_here = marker["bootstrap_servers"] == _as_marked(bootstrap_servers)
+            if marker["kind"] == "embedded" and is_here:
+                return True
     return False
 
 
@@ -167,11 +169,14 @@ class _Server:
             raise
 
     def mark(self, pid: int) -> None:
-        """Leave the file that `is_embedded` looks at."""
+        """Leave the files that `is_embedded` looks at."""
         marker = {"kind": self.kind, "pid": pid, "bootstrap_servers": self.bootstrap_servers}
-        for folder in (self._known_in, self.data_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARKER).write_text(json.dumps(marker | {"data_dir": str(self.data_dir.absolute())}))
+        text = json.dumps(marker | {"data_dir": str(self.data_dir.absolute())})
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        (self.data_dir / MARKER).write_text(text)
+        if self._known_in.absolute() != self.data_dir.absolute():
+            self._known_in.mkdir(parents=True, exist_ok=True)
+            (self._known_in / KNOWN.format(self.port)).write_text(text)
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL when that takes too long. May be called twice."""

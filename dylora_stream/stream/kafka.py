@@ -6,6 +6,7 @@ auto-commit, `read_uncommitted`): all three are set by `consumer_options`.
 Sources: kafka-python 3.0 (consumer/group.py, producer/kafka.py, errors.py).
 """
 
+import re
 import socket
 import ssl
 import time
@@ -38,6 +39,8 @@ FIRST_WAIT_S = 0.2  # between attempts to reach the broker, doubled each time
 LONGEST_WAIT_S = 5.0
 ATTEMPT_S = 10.0  # one bootstrap of the client
 DEFAULT_PORT = 9092
+LEAST_MESSAGE_BYTES = 1024
+TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 WITH_PASSWORD = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 Client = TypeVar("Client")
@@ -93,6 +96,26 @@ class KafkaConfig:
             raise SettingsError(
                 "kafka: connect_timeout_s ≥ 0, request_timeout_s > 1, transaction_timeout_s > 0"
             )
+        if self.session_timeout_s <= 0 or self.max_poll_interval_s <= 0:
+            raise SettingsError("kafka: session_timeout_s > 0, max_poll_interval_s > 0")
+        if self.max_message_bytes < LEAST_MESSAGE_BYTES:
+            raise SettingsError(
+                f"kafka.max_message_bytes is {self.max_message_bytes}: use at least {LEAST_MESSAGE_BYTES}"
+            )
+        self._check_topics()
+
+    def _check_topics(self) -> None:
+        """What the broker would refuse with a dump of the request, or take and mix up."""
+        names = [self.topic(topic) for topic in Topic]
+        for name in names:
+            if not TOPIC_NAME.fullmatch(name):
+                raise SettingsError(
+                    f"{name!r} cannot be a topic's name: letters, digits, dot, underscore and hyphen, 249 at most; "
+                    "change kafka.prefix, or kafka.names"
+                )
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise SettingsError(f"two topics are called {twice}: give each its own name in kafka.names")
 
     def _check_credentials(self) -> None:
         """The client does not say what it misses, only, after its time-out, that there is no broker."""

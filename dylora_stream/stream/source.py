@@ -97,6 +97,7 @@ class KafkaSource:
         options = consumer_options(config, "source", in_group=True)
         self._consumer = connect(lambda: KafkaConsumer(**options), config)
         self._is_closed = False
+        self._may_be_member = False  # polled, and not refused: a join may be under way
         try:
             with kafka_errors(f"looking for {', '.join(self._topics)}"):
                 self._check_topics()
@@ -107,13 +108,16 @@ class KafkaSource:
 
     def poll(self, max_records: int, timeout_s: float) -> Batch:
         """See core.ports.Source.poll."""
+        self._may_be_member = False
         try:
-            return self._poll(max_records, timeout_s)
+            batch = self._poll(max_records, timeout_s)
         except TransactionAborted as error:  # the group moved on while it was asked
             log.warning("group_moved_on", cause=str(error))
             self._generation = UNSETTLED
             self._check_alive(has_records=False)
-            return Batch()
+            batch = Batch()
+        self._may_be_member = True
+        return batch
 
     def _poll(self, max_records: int, timeout_s: float) -> Batch:
         with kafka_errors(f"reading {', '.join(self._topics)}"):
@@ -185,11 +189,12 @@ class KafkaSource:
         return frozenset(note for note in notes if note)
 
     def close(self) -> None:
-        """See core.ports.Source.close. The static member is taken out, so that others get its partitions at once."""
+        """See core.ports.Source.close. The static member is taken out, so that others get its partitions at once; so is
+        one whose first join is not done, for which a broker may wait as long as it likes."""
         if self._is_closed:
             return
         self._is_closed = True
-        is_member = self._consumer.group_metadata().generation_id >= 0
+        is_member = self._may_be_member or self._consumer.group_metadata().generation_id >= 0
         with suppress(KafkaError, OSError):
             self._consumer.close(autocommit=False, timeout_ms=round(CLOSE_S * 1000))
         if is_member:
@@ -208,6 +213,11 @@ class KafkaSource:
     def _settle(self) -> None:
         """Seek every assigned partition to where to go on. A broker that is slow leaves it for the next poll."""
         group = self._consumer.group_metadata()
+        if self._consumer._coordinator.rebalance_in_progress():  # noqa: SLF001 - the client has no other way to ask
+            self._check_alive(
+                has_records=False
+            )  # what is asked now would wait behind the join, on its connection
+            return
         assigned = sorted(self._consumer.assignment())
         if group.generation_id < 0 or not assigned:
             self._generation = group.generation_id

@@ -15,6 +15,7 @@ from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, kaf
 __all__ = ["TopicLayout", "TopicState", "describe_topics", "ensure_topics", "topic_configs"]
 
 USER_TOPICS = (Topic.REQUESTS, Topic.FEEDBACK)  # what they hold and for how long is the user's
+MOST_COPIES = 32_767  # what the protocol has room for
 SINGLE_PARTITION = (Topic.EXPERTS,)  # one order of registry records
 HOUR_MS = 3_600_000
 
@@ -36,6 +37,10 @@ class TopicLayout:
     def __post_init__(self) -> None:
         if self.requests_partitions < 1 or self.samples_partitions < 1 or self.samples_retention_h < 1:
             raise SettingsError("topics: partitions and samples_retention_h must be at least 1")
+        if self.replication != -1 and not 1 <= self.replication <= MOST_COPIES:
+            raise SettingsError(
+                f"topics.replication is {self.replication}: use -1, the broker's default, or 1 to {MOST_COPIES}"
+            )
 
     def partitions(self, topic: Topic) -> int:
         """How many partitions a new topic gets."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,9 +35,14 @@ class TroubledConsumer:
 
 
 @pytest.fixture
-def source(broker: str, kafka_config: Callable[..., KafkaConfig]) -> Iterator[KafkaSource]:
+def config(broker: str, kafka_config: Callable[..., KafkaConfig]) -> KafkaConfig:
+    """Topics and a group of a test's own."""
+    return kafka_config(broker)
+
+
+@pytest.fixture
+def source(config: KafkaConfig) -> Iterator[KafkaSource]:
     """A member that owns a topic of three records and has not taken them yet."""
-    config = kafka_config(broker)
     ensure_topics(config, TopicLayout(requests_partitions=1))
     sink = KafkaSink(config, config.prefix + "asker")
     sink.publish([OutboundMessage(topic=Topic.REQUESTS, key=b"k", value=b"%d" % n) for n in range(3)])
@@ -107,3 +113,17 @@ def test_a_member_whose_join_the_client_forgot_joins_again(source: KafkaSource) 
         source.poll(10, 0.5)
     assert coordinator._heartbeat_enabled
     assert len(take(source)) == 3
+
+
+def test_a_member_that_ends_in_its_first_join_holds_up_nobody(
+    source: KafkaSource, config: KafkaConfig
+) -> None:
+    """A worker that is stopped while it starts: the others go on, without waiting for its session to end."""
+    assert len(take(source)) == 3
+    brief = KafkaSource(replace(config, instance="brief"), [Topic.REQUESTS])
+    brief.poll(10, 0.1)
+    brief.close()
+    sink = KafkaSink(config, config.prefix + "again")
+    sink.publish([OutboundMessage(topic=Topic.REQUESTS, key=b"k", value=b"3")])
+    sink.close()
+    assert take(source)[-1] == b"3"

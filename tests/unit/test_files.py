@@ -150,3 +150,11 @@ def test_recorded_gaps_are_kept_at_any_speed() -> None:
     stamps = [5000, 6000, None, 9000]
     records = [FileRecord(value=b"x", timestamp_ms=stamp) for stamp in stamps]
     assert times(records, ManualClock(), speed=2) == pytest.approx([0, 0.5, 0.5, 2.0])
+
+
+def test_a_row_with_an_input_is_a_request_whatever_else_it_has(tmp_path: Path) -> None:
+    """A column that is called `value` is no recorded record's; nor does a byte order mark spoil the first row."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"input": "how much?", "value": 3}\n')
+    (record,) = read_records(file, ReadOptions())
+    assert json.loads(record.value or b"") == {"input": "how much?", "value": 3}

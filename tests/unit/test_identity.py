@@ -1,5 +1,6 @@
 """Names of processes: no two have the same, and a restart keeps its own."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,8 +11,9 @@ import pytest
 from kafka.errors import FencedInstanceIdError
 
 from dylora_stream.bootstrap.parts import instance_of
+from dylora_stream.core.errors import StoreError
 from dylora_stream.settings import Settings, load_settings
-from dylora_stream.store.identity import Identity, claim_identity, folder_id
+from dylora_stream.store.identity import Identity, claim_folder, claim_identity, folder_id
 from dylora_stream.stream.broker import EmbeddedBroker
 from dylora_stream.stream.kafka import translate
 
@@ -89,3 +91,10 @@ def test_who_is_fenced_reads_which_setting_to_change() -> None:
     """Another data folder is no remedy where the name is configured."""
     with pytest.raises(Exception, match=r"set kafka\.instance"):
         raise translate(FencedInstanceIdError(), "a transaction")
+
+
+def test_a_data_folder_has_one_supervisor(tmp_path: Path) -> None:
+    """The second says who has it; what a killed one left is nobody's."""
+    with claim_folder(tmp_path), pytest.raises(StoreError, match=f"process {os.getpid()}"):
+        claim_folder(tmp_path)
+    claim_folder(tmp_path).close()

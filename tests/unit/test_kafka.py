@@ -178,3 +178,5 @@ def test_the_embedded_broker_is_known_wherever_its_data_lies(tmp_path: Path) -> 
     elsewhere.mark(pid=1)
     assert kafka_of(settings, "worker").is_embedded
     assert is_embedded("127.0.0.1:19092", tmp_path / "elsewhere")
+    embedded_broker(settings, tmp_path / "third", 19555).mark(pid=1)
+    assert kafka_of(settings, "worker").is_embedded

@@ -240,3 +240,34 @@ def first_text(node: ast.AST) -> ast.expr | None:
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
     return first.value if isinstance(first, ast.Expr) else None
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "serve.poll_timeout_s=-1",
+        "serve.registry_timeout_s=0",
+        "learn.poll_timeout_s=1e9",
+        "kafka.session_timeout_s=-1",
+        "kafka.request_timeout_s=nan",
+        "novelty.beyond_margin=inf",
+        "kafka.max_message_bytes=-1",
+        "topics.replication=0",
+        "store.threads=99999999999999",
+        "kafka.prefix=a b",
+        'kafka.names={"requests": "a", "results": "a"}',
+        'kafka.names={"requests": ""}',
+    ],
+)
+def test_a_number_or_name_that_cannot_work_is_refused_by_its_setting(flag: str) -> None:
+    """Before a process starts with it, and in our own words."""
+    with pytest.raises(SettingsError, match=flag.partition("=")[0].partition(".")[0]):
+        load_settings(flags=[flag])
+
+
+def test_a_file_with_a_byte_order_mark_is_said_so(tmp_path: Path) -> None:
+    """As Windows editors write it, and TOML does not take it."""
+    file = tmp_path / "some.toml"
+    file.write_bytes(b"\xef\xbb\xbf[pool]\nslots = 7\n")
+    with pytest.raises(SettingsError, match="without one"):
+        load_settings(file)
