@@ -27,7 +27,6 @@ from dylora_stream.core.ledger import (
     JobKind,
     JobRecord,
     JobState,
-    LedgerRow,
     LedgerState,
     RowState,
 )
@@ -40,6 +39,7 @@ from dylora_stream.learn.knowledge import Knowledge
 from dylora_stream.learn.late_answers import LateAnswers
 from dylora_stream.learn.lifecycle import LifecycleConfig, TrackRecords
 from dylora_stream.learn.retirement import put_aside, retirement
+from dylora_stream.learn.rows import Rows, dated, is_another
 
 __all__ = ["Curator", "CuratorConfig"]
 
@@ -92,12 +92,9 @@ class Curator:
     ) -> Changes:
         """New samples and late answers; `positions` is how far the topics were read."""
         changes = Changes(positions=dict(positions))
-        dated = [self._dated(sample) for sample in samples]
-        fresh = {
-            str(sample.position): sample
-            for sample in self.late.complete(dated, changes)
-            if str(sample.position) not in self._buffers.rows
-        }
+        timed = (dated(sample, self._clock.now_ms()) for sample in samples)
+        taken = {str(sample.position): sample for sample in self.late.complete(timed, changes)}
+        fresh = {position: sample for position, sample in taken.items() if position not in self._buffers.rows}
         tenants = sorted({sample.tenant for sample in fresh.values()})
         for tenant in tenants:
             self._sort([sample for sample in fresh.values() if sample.tenant == tenant], tenant, changes)
@@ -113,29 +110,15 @@ class Curator:
         self._buffers.tidy(self._clock.now_ms(), frozenset().union(*self._busy.values()), changes)
         return changes
 
-    def has(self, position: str) -> bool:
-        """Whether the row of this position is at hand."""
-        return position in self._buffers.rows
-
-    def bring_back(self, row: LedgerRow) -> None:
-        """A row that lay in the ledger alone is at hand again."""
-        self._buffers.rows.put(row)
+    @property
+    def rows(self) -> Rows:
+        """What is at hand."""
+        return self._buffers.rows
 
     def knows_another(self, sample: Sample) -> bool:
         """Whether another record than this one is at hand under its position."""
         row = self._buffers.rows.get(str(sample.position))
-        if row is None or row.input != sample.input:
-            return row is not None
-        return self._has_time(sample) and row.time_ms != sample.timestamp_ms
-
-    def _has_time(self, sample: Sample) -> bool:
-        """Whether its sender's clock can be right; a producer may also give none."""
-        return 0 < sample.timestamp_ms <= self._clock.now_ms()
-
-    def _dated(self, sample: Sample) -> Sample:
-        """A sample without a time that can be right is from now: one from next year would be the newest of all rows
-        until then, and hold up whatever asks for the newest."""
-        return sample if self._has_time(sample) else replace(sample, timestamp_ms=self._clock.now_ms())
+        return row is not None and is_another(row, sample, self._clock.now_ms())
 
     def _sort(self, samples: list[Sample], tenant: str, changes: Changes) -> None:
         """Rows of one tenant to the expert that knows them, or to the waiting room; see `Knowledge.match`."""

@@ -109,8 +109,8 @@ class Intake:
 
     def _bring_back(self, positions: Sequence[str]) -> None:
         """What was trained on is never replaced, though it lies in the ledger alone."""
-        for row in self._ledger.at([each for each in positions if not self._curator.has(each)]):
-            self._curator.bring_back(row)
+        for row in self._ledger.at([each for each in positions if each not in self._curator.rows]):
+            self._curator.rows.put(row)
 
     def _recall(self, answers: Sequence[Feedback]) -> None:
         """Rows of answers that come very late lie in the ledger alone."""

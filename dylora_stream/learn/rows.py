@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 from dylora_stream.core.ledger import LedgerRow, RowState
+from dylora_stream.core.messages import Sample
 
-__all__ = ["Rows", "by_age"]
+__all__ = ["Rows", "by_age", "dated", "is_another"]
 
 Table = dict[str, LedgerRow]  # by position
 
@@ -13,6 +15,22 @@ Table = dict[str, LedgerRow]  # by position
 def by_age(row: LedgerRow) -> tuple[int, str]:
     """Sorts rows, oldest first."""
     return row.time_ms, row.position
+
+
+def dated(sample: Sample, now_ms: int) -> Sample:
+    """A sample without a time that can be right is from now: one from next year would be the newest of all rows until
+    then, and hold up whatever asks for the newest."""
+    return sample if _has_time(sample, now_ms) else replace(sample, timestamp_ms=now_ms)
+
+
+def is_another(row: LedgerRow, sample: Sample, now_ms: int) -> bool:
+    """Whether a row at a sample's position is another record's; times say so only where they can be right."""
+    return row.input != sample.input or (_has_time(sample, now_ms) and row.time_ms != sample.timestamp_ms)
+
+
+def _has_time(sample: Sample, now_ms: int) -> bool:
+    """Whether its sender's clock can be right; a producer may also give none."""
+    return 0 < sample.timestamp_ms <= now_ms
 
 
 class Rows:

@@ -38,6 +38,7 @@ class MixtureAnswerer:
         self._live, self._store, self._generation = live, store, generation
         self._backbone = live.backbone
         self._max_tokens = _room(self._backbone, max_input_tokens, generation.max_new_tokens)
+        self._max_characters = self._max_tokens * _longest_token(self._backbone)
         self._network: RouterNetwork | None = None
         self._network_source = ""
 
@@ -89,6 +90,8 @@ class MixtureAnswerer:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Raises BadRecord for the first that is too long or has too many choices."""
+        for request in requests:
+            self._admit_texts(request.input, request.choices)
         prompts = self._backbone.prompt_ids([request.input for request in requests])
         targets = [self._admit(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
         answers: dict[int, Answer] = {}
@@ -105,6 +108,8 @@ class MixtureAnswerer:
 
     def score(self, inputs: Sequence[str], tenant: str) -> list[Novelty]:
         """Novelty of texts; runs the stem alone."""
+        for text in inputs:
+            self._admit_texts(text)
         for text, prompt in zip(inputs, self._backbone.prompt_ids(inputs), strict=True):
             self._admit_length(len(prompt), text)
         router = self._live.router
@@ -211,6 +216,18 @@ class MixtureAnswerer:
             )
         return targets
 
+    def _admit_texts(self, text: str, choices: Sequence[str] = ()) -> None:
+        """Before anything is cut into tokens, which takes seconds and a hundred times its size of a megabyte. Raises
+        BadRecord for what has too many tokens, whatever they are."""
+        if len(text) > self._max_characters:
+            raise BadRecord(
+                "input_too_long",
+                f"{len(text)} characters are more than {self._max_tokens} tokens can be, the most that is answered",
+                stage="answer",
+            )
+        if any(len(choice) > self._max_characters for choice in choices):
+            raise BadRecord("choice_too_long", "a choice is longer than any answer can be", stage="answer")
+
     def _admit_length(self, tokens: int, text: str) -> None:
         if tokens > self._max_tokens:
             raise BadRecord(
@@ -234,3 +251,8 @@ def _room(backbone: Backbone, max_input_tokens: int, max_new_tokens: int) -> int
             f"and answer together: set it to at most {max(1, positions - LEAST_ROOM)}; half of them is plenty"
         )
     return min(max_input_tokens, positions - max_new_tokens)
+
+
+def _longest_token(backbone: Backbone) -> int:
+    """Characters of the longest one there is."""
+    return max(map(len, backbone.tokenizer.get_vocab()), default=1)

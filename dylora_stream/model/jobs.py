@@ -135,7 +135,7 @@ def _train(
         check=CheckConfig(**spec.get("check", {})),
         rows=fitting(workshop.backbone, labelled, recipe),
         rivals=_served(workshop.backbone, [_rival(entry) for entry in spec["registry"]["experts"]]),
-        network=RouterNetwork.load(Path(router), workshop.backbone.width) if router else None,
+        network=_router(Path(router), workshop.backbone) if router else None,
     )
     try:
         outcome = Trial(workshop, plan).run()
@@ -147,6 +147,11 @@ def _train(
         if outcome.network is not None:
             outcome.network.save(result / "router")
     return outcome.report
+
+
+def _router(folder: Path, backbone: Backbone) -> RouterNetwork:
+    """Where the backbone computes. Raises ExpertCorrupt, ModelMismatch."""
+    return RouterNetwork.load(folder, backbone.width).to(backbone.device)
 
 
 def _served(backbone: Backbone, rivals: Sequence[Rival]) -> list[Rival]:

@@ -23,10 +23,12 @@ from dylora_stream.core.routing import RoutingConfig
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
 from dylora_stream.model.backbone import Backbone, Tokens
 from dylora_stream.model.exemplars import read_exemplars
-from dylora_stream.model.features import LabelledText
+from dylora_stream.model.features import LabelledText, split_by_tokens
 from dylora_stream.model.live import LiveExperts
 from dylora_stream.model.network import RouterNetwork
 from dylora_stream.model.stem import StemOutput
+from dylora_stream.model.tokenised import padded, tokenised
+from dylora_stream.model.training import STEP_ANSWER_TOKENS
 
 __all__ = ["RouterLesson", "RouterTrained", "RouterTraining", "dense_shares", "train_router"]
 
@@ -211,7 +213,9 @@ def _tasks(backbone: Backbone, lesson: RouterLesson, config: RouterTraining) -> 
     rng = np.random.default_rng(lesson.seed)
     while True:
         chosen = rng.choice(len(rows), size=min(config.task_rows, len(rows)), replace=False)
-        yield backbone.encode([rows[row].input for row in chosen], [rows[row].output for row in chosen])
+        batch = tokenised(backbone, [rows[row] for row in chosen])
+        fitting, *_ = split_by_tokens([len(row.target) for row in batch], STEP_ANSWER_TOKENS)
+        yield padded(backbone, [batch[place] for place in fitting])
 
 
 def _task_loss(

@@ -35,7 +35,8 @@ from dylora_stream.model.stem_cache import StemCache
 from dylora_stream.model.tokenised import TokenRow, padded, tokenised
 
 __all__ = [
-    "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "score_rows", "train_expert",
+    "STEP_ANSWER_TOKENS", "Company", "RowScores", "Trained", "TrainingOptions", "attached", "fitting", "score_rows",
+    "train_expert",
 ]  # fmt: skip
 
 SORT_WINDOW = 4  # batches that are length-sorted together: little padding, and still a new order each epoch

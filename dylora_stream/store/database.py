@@ -10,13 +10,12 @@ import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from dylora_stream.core.errors import DatabaseBroken, DatabaseBusy, DiskFull, SettingsError, StoreError
@@ -27,7 +26,6 @@ from dylora_stream.core.ledger import (
     LedgerRow,
     LedgerState,
     LedgerSummary,
-    RowState,
 )
 from dylora_stream.core.messages import Feedback, OutboundMessage, Topic
 from dylora_stream.core.ports import Partition
@@ -42,6 +40,7 @@ from dylora_stream.store.records import (
     registry_of,
     version_values,
 )
+from dylora_stream.store.row_table import ROW_SCHEMA, row_values, rows_of
 
 __all__ = ["DatabaseConfig", "DuckLedger", "database_errors"]
 
@@ -203,7 +202,7 @@ class DuckLedger:
                 raise
 
     def _apply(self, changes: Changes) -> None:
-        self._upsert("rows", [_row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
+        self._upsert("rows", [row_values(row) for row in changes.rows.values()], ROW_SCHEMA)
         self._upsert("clusters", [asdict(cluster) for cluster in changes.clusters.values()], CLUSTER_SCHEMA)
         self._forget(changes)
         self._upsert("jobs", [job_values(job) for job in changes.jobs.values()], JOB_SCHEMA)
@@ -342,63 +341,13 @@ class DuckLedger:
         cursor = self._db.cursor()  # a connection of its own: results of `execute` here may be half read
         try:
             batches: Any = cursor.sql(query, params=parameters).to_arrow_reader(ROWS_AT_ONCE)
-            return [row for batch in batches for row in _batch_rows(batch)]
+            return [row for batch in batches for row in rows_of(batch)]
         finally:
             cursor.close()
 
 
-FLOATS = pa.list_(pa.float32())
-ROW_TEXTS = (
-    "position",
-    "request_id",
-    "tenant",
-    "input",
-    "output",
-    "reason",
-    "served_by",
-    "state",
-    "cluster_id",
-    "expert_id",
-    "answer",
-)
-ROW_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ROW_TEXTS]
-    + [("choices", pa.list_(pa.string())), ("time_ms", pa.int64()), ("served_version", pa.int32())]
-    + [("is_correct", pa.bool_()), ("is_trained", pa.bool_()), ("features", FLOATS), ("sketch", FLOATS)]
-)
-
-
 def _script(name: str) -> str:
     return files(__package__).joinpath(name).read_text()
-
-
-def _row_values(row: LedgerRow) -> dict[str, Any]:
-    return {field.name: getattr(row, field.name) for field in fields(row)}
-
-
-def _row(values: dict[str, Any]) -> LedgerRow:
-    typed = {"state": RowState(values["state"]), "choices": tuple(values["choices"] or ())}
-    return LedgerRow(**values | typed)
-
-
-def _batch_rows(batch: pa.RecordBatch) -> list[LedgerRow]:
-    plain = batch.drop_columns(["features", "sketch"]).to_pylist()
-    arrays = zip(_arrays(batch["features"]), _arrays(batch["sketch"]), strict=True)
-    return [
-        _row(values | {"features": features, "sketch": sketch})
-        for values, (features, sketch) in zip(plain, arrays, strict=True)
-    ]
-
-
-def _arrays(column: pa.ListArray) -> list[np.ndarray | None]:
-    """Each list as an array of its own, None for null; through Python's floats 16,000 rows take 20 s to load."""
-    numbers = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    ends = np.cumsum(column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-    parts = np.split(numbers, ends[:-1])
-    return [
-        part.copy() if valid else None
-        for part, valid in zip(parts, column.is_valid().to_pylist(), strict=True)
-    ]
 
 
 def _headers(text: str) -> tuple[tuple[str, bytes], ...]:

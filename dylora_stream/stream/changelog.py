@@ -11,7 +11,8 @@ from dylora_stream.core.errors import BrokerUnreachable, TopicMissing
 from dylora_stream.core.messages import RawRecord, Topic
 from dylora_stream.stream.kafka import KafkaConfig, connect, consumer_options, kafka_errors
 from dylora_stream.stream.pacing import poll
-from dylora_stream.stream.source import CLOSE_S, in_order
+from dylora_stream.stream.raw import in_order
+from dylora_stream.stream.source import CLOSE_S
 
 __all__ = ["KafkaChangelog"]
 

@@ -40,33 +40,18 @@ from dylora_stream.core.errors import (
     TopicMissing,
     TransactionAborted,
 )
-from dylora_stream.core.messages import Position, RawRecord, Topic
+from dylora_stream.core.messages import Topic
 from dylora_stream.core.ports import Batch, Checkpoint, OwnPositions, Partition
 from dylora_stream.stream.kafka import KafkaConfig, client_options, connect, consumer_options, kafka_errors
 from dylora_stream.stream.pacing import poll
+from dylora_stream.stream.raw import in_order, raw_record
 
-__all__ = ["CLOSE_S", "KafkaSource", "in_order"]
+__all__ = ["CLOSE_S", "KafkaSource"]
 
 CLOSE_S = 5.0  # for leaving the group
 UNSETTLED = -1  # no generation: the client's own mark for "not a member"
 
 log = structlog.get_logger(__name__)
-
-
-def raw_record(record: ConsumerRecord) -> RawRecord:
-    """The client's record as ours; a header without a value becomes an empty one."""
-    return RawRecord(
-        position=Position(record.topic, record.partition, record.offset),
-        key=record.key,
-        value=record.value,
-        headers=tuple((name, value or b"") for name, value in record.headers),
-        timestamp_ms=max(0, record.timestamp or 0),
-    )
-
-
-def in_order(polled: Mapping[TopicPartition, Sequence[ConsumerRecord]]) -> tuple[RawRecord, ...]:
-    """The records of one poll, partition by partition."""
-    return tuple(raw_record(record) for partition in sorted(polled) for record in polled[partition])
 
 
 class KafkaSource:

@@ -357,6 +357,22 @@ def test_what_cannot_be_answered_is_a_bad_record(world: World, answerer: Mixture
     assert len(answerer.answer(ask(""))) == 1
 
 
+def test_a_megabyte_is_refused_before_it_is_cut_into_tokens(
+    answerer: MixtureAnswerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would take seconds and a hundred times its size, again for each half of the batch that it came with."""
+    monkeypatch.delattr(Backbone, "prompt_ids")
+    for request, reason in (
+        (ask("x" * 1_000_000)[0], "input_too_long"),
+        (ask("x", choices=("a", "b" * 1_000_000))[0], "choice_too_long"),
+    ):
+        with pytest.raises(BadRecord) as caught:
+            answerer.answer([request])
+        assert caught.value.reason == reason
+    with pytest.raises(BadRecord, match="characters"):
+        answerer.score(["x" * 1_000_000], "default")
+
+
 def test_answers_that_leave_no_room_for_an_input_are_a_wrong_setting(world: World) -> None:
     """Every record would be a dead letter that says its input is too long; the tiny models have 512 positions."""
     live = world.live()

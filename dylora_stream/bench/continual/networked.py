@@ -47,7 +47,10 @@ class NetworkedGate(Untrained):
     def decide(self, stem: StemOutput, scene: Scene) -> Routing:
         """The hybrid gate's decision with this network."""
         is_mature = np.zeros_like(scene.is_mature) if self._is_young else scene.is_mature
-        return self._gate.decide(stem, replace(scene, network=self._network, is_mature=is_mature))
+        network = self._network and self._network.to(
+            stem.states.device
+        )  # restored, it lies where its file was read
+        return self._gate.decide(stem, replace(scene, network=network, is_mature=is_mature))
 
     def learn(self, stage: Stage, lesson: Lesson) -> None:
         """`train_router`, as a training job does it."""

@@ -70,7 +70,8 @@ class LearnedGate(Untrained):
         """The hybrid rule on the network's logits, which are in tempered nats already."""
         if self._network is None or not scene.expert_ids:
             return to_backbone(len(stem.mask))
-        tempered = self._network(stem.states, stem.mask, scene.expert_ids).double().cpu().numpy()
+        network = self._network.to(stem.states.device)  # what was restored lies where its file was read
+        tempered = network(stem.states, stem.mask, scene.expert_ids).double().cpu().numpy()
         logits = self._routing.temperature_dense * tempered
         return decide(logits, scene.is_mature, scene.is_beyond, scene.allowed, self._routing)
 
@@ -105,7 +106,7 @@ class LearnedGate(Untrained):
                 network.add_column(name.removeprefix(f"columns.{COLUMN}"))
         network.load_state_dict(tensors)
         network.is_fitted = bool(state["is_fitted"])
-        self._network = network.to(tensors["query"].device).requires_grad_(requires_grad=False)
+        self._network = network.requires_grad_(requires_grad=False)
 
 
 @torch.enable_grad()

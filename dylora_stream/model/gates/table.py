@@ -4,7 +4,9 @@ A part belongs to a layer and an expert; "" stands for no layer (a row's gate) a
 are kept as long as passes hold the same slots and the table does not change; never of tensors that take gradients.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,12 @@ class ExpertTable:
         self._parts: dict[tuple[str, str], dict[str, Tensor]] = {}  # (part, layer) → expert → tensor
         self._stacks: dict[tuple[str, str, torch.dtype], tuple[list[int], Tensor]] = {}
         self._read: tuple[Tensor, list[int]] | None = None  # a pass's slots
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertTable":
+        """Without what passes keep, which one may be adding to right now."""
+        fresh = memo[id(self)] = ExpertTable()
+        fresh._slots, fresh._parts = dict(self._slots), copy.deepcopy(self._parts, memo)
+        return fresh
 
     def follow(self, stage: Stage, young: str | None = None) -> None:
         """Take over the stage's slots, with `young` in training beside them; experts that left are forgotten."""
