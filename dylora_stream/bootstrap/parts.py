@@ -162,8 +162,15 @@ def statistics_loader(store: ExpertStore) -> Callable[[ExpertVersion], ExpertSta
             ) from error
         if answers is not None and len(answers) != len(rows):
             raise ExpertCorrupt(f"{path} has {len(rows)} feature rows and {len(answers)} answer rows")
+        counts = tensors.get("counts")
+        if counts is not None and counts.shape != (len(rows),):
+            raise ExpertCorrupt(f"{path} has {len(rows)} feature rows and counts of shape {counts.shape}")
         return ExpertStatistics(
-            expert_id=version.expert_id, rows=rows, tenant=version.tenant, answers=answers
+            expert_id=version.expert_id,
+            rows=rows,
+            tenant=version.tenant,
+            answers=answers,
+            counts=counts,
         )
 
     return load

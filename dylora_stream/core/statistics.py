@@ -73,13 +73,15 @@ class Moments:
 @dataclass(frozen=True, kw_only=True)
 class ExpertStatistics:
     """What the router and the novelty scorer know of one expert. rows: (n, d) float32, its training features; answers:
-    (n, A) float32, features of their answers, nan or zero where a row has none."""
+    (n, A) float32, features of their answers, nan or zero where a row has none; counts: (n,) int64, records that came
+    with each row's text, None where each came once."""
 
     expert_id: str
     rows: np.ndarray
     tenant: str = DEFAULT_TENANT
     is_mature: bool = False
     answers: np.ndarray | None = None
+    counts: np.ndarray | None = None
 
     @cached_property
     def moments(self) -> Moments:

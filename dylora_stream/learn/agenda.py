@@ -9,8 +9,9 @@ rows to be sketched with fewer at once (`learn.sketching`). An expert whose new 
 many new rows, in the end for as many as one job takes, all of them rows that the last attempt did not have.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dylora_stream.core.experts import Registry
 from dylora_stream.core.ledger import ClusterRecord, ClusterState, JobKind, JobRecord, LedgerRow, RowState
@@ -33,6 +34,8 @@ class JobRequest:
     rows: tuple[LedgerRow, ...]
     cluster_id: str | None = None
     expert_id: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """How many records at hand have each row's text; one where it is not named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class Agenda:
             rows = newest_distinct(members, self._rules.max_seed_rows)
             if rows and not self._rests(cluster.cluster_id):
                 named = {"tenant": cluster.tenant, "cluster_id": cluster.cluster_id}
-                return JobRequest(kind=JobKind.SEED, rows=tuple(rows), **named)
+                counts = Counter(row.input for row in members)
+                return JobRequest(kind=JobKind.SEED, rows=tuple(rows), counts=counts, **named)
         return None
 
     def _consolidation_job(self, registry: Registry) -> JobRequest | None:
@@ -129,7 +133,8 @@ class Agenda:
             rows = newest_distinct(owned, self._rules.max_consolidate_rows)
             if self._is_due(version.expert_id, rows) and not self._rests(version.expert_id):
                 named = {"tenant": version.tenant, "expert_id": version.expert_id}
-                return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), **named)
+                counts = Counter(row.input for row in owned)
+                return JobRequest(kind=JobKind.CONSOLIDATE, rows=tuple(rows), counts=counts, **named)
         return None
 
     def _rests(self, name: str) -> bool:

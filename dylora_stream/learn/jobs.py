@@ -36,7 +36,7 @@ from dylora_stream.core.ports import JobUpdate
 
 __all__ = [
     "ChildProcess", "job_digest", "read_reference", "read_report", "read_sketches", "remove_job", "remove_jobs_but",
-    "write_job",
+    "row_document", "write_job",
 ]  # fmt: skip
 
 log = structlog.get_logger(__name__)
@@ -50,7 +50,9 @@ def job_digest(description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> str
     return digest.hexdigest()[:16]
 
 
-def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Sequence[LedgerRow]) -> Path:
+def write_job(
+    root: Path, job_id: str, description: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Path:
     """The job's folder, written aside and put in place; one that is there already is kept with its result.
 
     Raises DiskFull, and StoreError where it cannot be written.
@@ -63,8 +65,7 @@ def write_job(root: Path, job_id: str, description: Mapping[str, Any], rows: Seq
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         (aside / "job.json").write_text(json.dumps({"id": job_id, **description}, indent=1, default=str))
-        lines = (json.dumps(_row_document(row)) for row in rows)
-        (aside / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (aside / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         put_in_place(aside, folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -85,13 +86,15 @@ def remove_jobs_but(root: Path, running: Collection[str]) -> None:
             remove_job(root, folder.name)
 
 
-def _row_document(row: LedgerRow) -> dict[str, Any]:
+def row_document(row: LedgerRow, count: int = 1) -> dict[str, Any]:
+    """A row as a job has it; `count` records came with its text."""
     return {
         "position": row.position,
         "input": row.input,
         "output": row.output,
         "choices": row.choices,
         "is_new": not row.is_trained,
+        "count": count,
     }
 
 

@@ -54,6 +54,7 @@ from dylora_stream.learn.jobs import (
     read_sketches,
     remove_job,
     remove_jobs_but,
+    row_document,
     write_job,
 )
 from dylora_stream.learn.outbox import Outbox
@@ -358,7 +359,8 @@ class LearnService:
             "version": job.version,
             "reference": str(self._folders.reference),
         }
-        folder = write_job(self._folders.jobs, job_id, description | named, request.rows)
+        rows = [row_document(row, request.counts.get(row.input, 1)) for row in request.rows]
+        folder = write_job(self._folders.jobs, job_id, description | named, rows)
         self._commit(changes)
         self._submit(job, folder)
 

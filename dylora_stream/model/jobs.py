@@ -144,6 +144,7 @@ def _train(
     if outcome.is_promoted:
         named = {key: spec.get(key) for key in ("expert_id", "skill_id", "version", "parent", "tenant")}
         _write_expert(workshop.backbone, plan, outcome, {**named, "job": spec["id"]}, result / "expert")
+        _write_statistics(workshop.backbone, plan, outcome, rows, result / "expert")
         if outcome.network is not None:
             outcome.network.save(result / "router")
     return outcome.report
@@ -182,16 +183,27 @@ def _rival(entry: Mapping[str, Any]) -> Rival:
 def _write_expert(
     backbone: Backbone, plan: TrialPlan, outcome: Outcome, manifest: Mapping[str, Any], folder: Path
 ) -> None:
-    """The PEFT adapter, statistics of all its rows, exemplars for later routers, and the report."""
+    """The PEFT adapter, exemplars for later routers, and the report."""
     if outcome.adapter is None:
         raise TrainingFailed("a promoted version has no adapter")
     save_adapter(folder, outcome.adapter, backbone, {**manifest, "heldout": outcome.report["heldout"]})
-    sketches = answer_rows(backbone, plan.rows)
-    save_file({"features": outcome.features, "sketches": sketches}, folder / "statistics.safetensors")
     kept = [{"input": row.input, "output": row.output} for row in plan.training[-MAX_EXEMPLARS:]]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     (folder / "exemplars.jsonl").write_text(lines, encoding="utf-8")
     _write_json(folder / "report.json", outcome.report)
+
+
+def _write_statistics(
+    backbone: Backbone, plan: TrialPlan, outcome: Outcome, rows: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
+    """Features of all rows that are trained or checked on, and how many records came with the text of each."""
+    counts = {row["input"]: int(row.get("count", 1)) for row in rows}
+    tensors = {
+        "features": outcome.features,
+        "sketches": answer_rows(backbone, plan.rows),
+        "counts": np.array([counts[row.input] for row in plan.rows], dtype=np.int64),
+    }
+    save_file(tensors, folder / "statistics.safetensors")
 
 
 def _labelled(rows: Sequence[Mapping[str, Any]]) -> list[LabelledText]:

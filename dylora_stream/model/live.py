@@ -35,7 +35,8 @@ STATISTICS = "statistics.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedExpert:
-    """One version of an expert in memory. features: (n, D) float32 feature rows of its training."""
+    """One version of an expert in memory. features: (n, D) float32 feature rows of its training; counts: (n,) int64,
+    records that came with the text of each, None where each came once."""
 
     expert_id: str
     version: int
@@ -43,6 +44,7 @@ class LoadedExpert:
     features: np.ndarray = field(repr=False)
     is_mature: bool = False
     tenant: str = "default"
+    counts: np.ndarray | None = field(default=None, repr=False)
     source: str = ""
     """Digest of the folder it came from: the same source need not be read again."""
 
@@ -60,23 +62,28 @@ class Pass:
     features: np.ndarray | None = None
 
 
-def stored_rows(folder: Path) -> np.ndarray:
-    """(n, D) float32 feature rows of an expert's folder. Raises ExpertCorrupt."""
+def stored_rows(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(n, D) float32 feature rows of an expert's folder, and their (n,) counts if it has any. Raises ExpertCorrupt."""
     try:
-        features: np.ndarray = load_file(folder / STATISTICS)["features"].astype(np.float32, copy=False)
+        tensors = load_file(folder / STATISTICS)
+        features: np.ndarray = tensors["features"].astype(np.float32, copy=False)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ExpertCorrupt(
             f"{folder / STATISTICS} cannot be read ({type(error).__name__}: {error})"
         ) from error
     if features.ndim != 2 or not len(features) or not np.isfinite(features).all():
         raise ExpertCorrupt(f"{folder / STATISTICS} holds no usable features (shape {features.shape})")
-    return features
+    counts = tensors.get("counts")
+    if counts is not None and (counts.shape != (len(features),) or (counts < 1).any()):
+        raise ExpertCorrupt(f"{folder / STATISTICS} holds no usable counts (shape {counts.shape})")
+    return features, counts
 
 
 def read_expert(folder: Path, expert_id: str, version: int) -> LoadedExpert:
     """An expert from its folder. Raises ExpertCorrupt."""
+    features, counts = stored_rows(folder)
     return LoadedExpert(
-        expert_id=expert_id, version=version, adapter=load_adapter(folder), features=stored_rows(folder)
+        expert_id=expert_id, version=version, adapter=load_adapter(folder), features=features, counts=counts
     )
 
 
@@ -261,5 +268,9 @@ class LiveExperts:
 
 def _statistics(expert: LoadedExpert) -> ExpertStatistics:
     return ExpertStatistics(
-        expert_id=expert.expert_id, rows=expert.features, tenant=expert.tenant, is_mature=expert.is_mature
+        expert_id=expert.expert_id,
+        rows=expert.features,
+        tenant=expert.tenant,
+        is_mature=expert.is_mature,
+        counts=expert.counts,
     )

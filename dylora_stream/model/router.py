@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct
+from dylora_stream.core.novelty import NoveltyConfig, NoveltyScorer, NoveltyScores, distinct_expert
 from dylora_stream.core.ports import IndexFactory
 from dylora_stream.core.routing import Routing
 from dylora_stream.core.statistics import ExpertStatistics, LinearDiscriminant
@@ -58,12 +58,7 @@ class Router:
         self._is_mature = np.array([expert.is_mature for expert in statistics], dtype=bool)
         self._network = network
         self._gate: Gate = parts.gate
-        distinct_rows = [
-            ExpertStatistics(
-                expert_id=e.expert_id, rows=distinct(e.rows), tenant=e.tenant, is_mature=e.is_mature
-            )
-            for e in statistics
-        ]
+        distinct_rows = [distinct_expert(expert) for expert in statistics]
         self.discriminant = (
             LinearDiscriminant.fit(_routing_part(distinct_rows, width)) if distinct_rows else None
         )

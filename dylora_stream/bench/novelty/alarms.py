@@ -1,8 +1,8 @@
 """How often known traffic is called novel: where rows are exchangeable, as promised; in the order of time, as it is.
 
-Exchangeable: a task's distinct rows are pooled and split afresh in each draw, `FITTED` of them to fit and calibrate on,
-the others to judge. The promise is made for rows of an expert that has rows enough to say something at that rate; rows
-of an expert under its floor are counted apart.
+Exchangeable: a task's rows, repeats among them, are pooled and split afresh in each draw, `FITTED` of them to fit and
+calibrate on, the others to judge. The promise is made for rows of an expert that has rows enough to say something at
+that rate; rows of an expert under its floor are counted apart.
 In time: experts are fitted on the training files; the test files' rows come in their order, a row of each in turn.
 Here too, only rows of experts that have a say are counted.
 """
@@ -20,7 +20,7 @@ from dylora_stream.core.conformal import AdaptiveAlpha, AdaptiveConfig
 
 __all__ = ["NOMINAL", "Alarms", "InTime", "exchangeable", "in_time", "in_turn"]
 
-FITTED = 0.8  # of a task's distinct rows
+FITTED = 0.8  # of a task's rows
 NOMINAL = np.linspace(0.0, 0.2, 41)  # promised rates of the calibration plot
 
 
@@ -62,7 +62,7 @@ class _Draw:
 
 def exchangeable(ground: Ground, draws: int) -> Alarms:
     """Over so many draws."""
-    pools = {name: concatenated([task.train, task.test]).distinct() for name, task in ground.tasks.items()}
+    pools = {name: concatenated([task.train, task.test]) for name, task in ground.tasks.items()}
     rng = np.random.default_rng(ground.seed)
     drawn: dict[float, list[_Draw]] = {alpha: [] for alpha in ALPHAS}
     for number in range(draws):

@@ -80,7 +80,7 @@ class StreamChild:
         own = self._rows.take(np.array([self._lines[row["input"], row["output"]] for row in rows]))
         if spec["kind"] == "sketch":
             return _written(folder / "result", "sketches.safetensors", own, {"rows": len(rows)})
-        result = self._train(folder) if self._train is not None else self._found(folder, spec, own)
+        result = self._train(folder) if self._train is not None else self._found(folder, spec, own, rows)
         report = json.loads((result / "report.json").read_text(encoding="utf-8"))
         if report["decision"] == "promoted":
             self.taught[spec["expert_id"]] = own
@@ -95,7 +95,9 @@ class StreamChild:
         )
         return result
 
-    def _found(self, folder: Path, spec: Mapping[str, Any], own: ReadRows) -> Path:
+    def _found(
+        self, folder: Path, spec: Mapping[str, Any], own: ReadRows, rows: Sequence[Mapping[str, Any]]
+    ) -> Path:
         """An expert of its rows' statistics, or the neighbour that they are confused with."""
         apart = separation(self._statistics(spec["registry"]["experts"]), own.features[:, : self._routed])
         may_live = spec["kind"] != "seed" or is_apart(apart.accuracy, len(own), self._check)
@@ -105,7 +107,8 @@ class StreamChild:
             "reason": f"routed apart: {apart}",
             "heldout": {},
         }
-        _written(folder / "result" / "expert", "statistics.safetensors", own, {})
+        counts = np.array([row["count"] for row in rows], dtype=np.int64)
+        _written(folder / "result" / "expert", "statistics.safetensors", own, {}, counts)
         return _report(folder / "result", report)
 
     def _statistics(self, experts: Sequence[Mapping[str, Any]]) -> list[ExpertStatistics]:
@@ -123,11 +126,14 @@ def by_heart(taught: ReadRows, features: np.ndarray, routed: int) -> str:
     return taught.texts[int(gaps.argmin())].output
 
 
-def _written(folder: Path, name: str, rows: ReadRows, report: Mapping[str, Any]) -> Path:
-    """Features and answers' features, zeros where there are none, and the report beside them."""
+def _written(
+    folder: Path, name: str, rows: ReadRows, report: Mapping[str, Any], counts: np.ndarray | None = None
+) -> Path:
+    """Features and answers' features, zeros where there are none, with their counts, and the report beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     answers = rows.answers if rows.answers is not None else np.zeros((len(rows), 1), dtype=np.float32)
-    save_file({"features": rows.features, "sketches": answers}, folder / name)
+    counted = {} if counts is None else {"counts": counts}
+    save_file({"features": rows.features, "sketches": answers, **counted}, folder / name)
     return _report(folder, report)
 
 

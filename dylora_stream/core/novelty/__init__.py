@@ -10,7 +10,16 @@ scorers  the methods from the literature behind one interface, for comparison: `
 
 from dylora_stream.core.novelty.config import NoveltyConfig
 from dylora_stream.core.novelty.layout import Block, FeatureLayout
-from dylora_stream.core.novelty.scorer import NoveltyScorer, NoveltyScores, distinct
+from dylora_stream.core.novelty.scorer import NoveltyScorer, NoveltyScores, distinct, distinct_expert
 from dylora_stream.core.novelty.scorers import SCORERS
 
-__all__ = ["SCORERS", "Block", "FeatureLayout", "NoveltyConfig", "NoveltyScorer", "NoveltyScores", "distinct"]
+__all__ = [
+    "SCORERS",
+    "Block",
+    "FeatureLayout",
+    "NoveltyConfig",
+    "NoveltyScorer",
+    "NoveltyScores",
+    "distinct",
+    "distinct_expert",
+]

@@ -2,9 +2,11 @@
 
 1. Cross-conformal (Vovk 2012, 1208.0806): every distinct row of an expert is scored by a fit that has not seen its
    fold, whitening, centres and modes alike. The score of a row is its fused distance to the nearest expert with a say.
-2. p = (1 + held-out rows of the experts at least as far) / (1 + their number) (2104.08279), ties broken by a hash of
-   the row. A row is novel when p <= alpha. Known traffic that is exchangeable with the experts' rows taken together is
-   called novel at most alpha of the time.
+2. p = (1 + held-out rows of the experts at least as far) / (1 + their records) (2104.08279), ties broken by a hash of
+   the row. A row is novel when p <= alpha. Known traffic that is exchangeable with the experts' records taken together
+   is called novel at most alpha of the time: a record whose text came before is nearer than all that is held out, so
+   it counts in the number alone. At most one such record a text counts, because a producer may send everything twice;
+   so of new texts at most twice alpha are called novel, whatever repeats.
 3. Rows with an answer meet the calibration of rows with answers, rows without one that of inputs alone.
 
 Lost: one calibration an expert, novel when every expert says p_e <= alpha. It promises the rate for each expert by
@@ -226,7 +228,8 @@ def _calibrate(
         if len(own):
             largest[column] = own[:, ours].min(axis=1).max()
         kept = own[:, ours & has_say] if has_say[column] else np.zeros((0, 1))
-        to_a_say.append(np.sort(kept.min(axis=1)))
+        repeats = min(_records(expert) - len(expert.rows), len(kept))
+        to_a_say.append(np.append(np.full(repeats, -np.inf), np.sort(kept.min(axis=1))))
     return _Calibration(tuple(to_a_say), largest)
 
 
@@ -245,7 +248,13 @@ def _answers(held: Sequence[ExpertStatistics], experts: Sequence[ExpertStatistic
 def _chosen(expert: ExpertStatistics, mask: np.ndarray) -> ExpertStatistics:
     """The same expert with these rows only."""
     answers = None if expert.answers is None else expert.answers[mask]
-    return replace(expert, rows=expert.rows[mask], answers=answers)
+    counts = None if expert.counts is None else expert.counts[mask]
+    return replace(expert, rows=expert.rows[mask], answers=answers, counts=counts)
+
+
+def _records(expert: ExpertStatistics) -> int:
+    """How many came with its rows' texts."""
+    return len(expert.rows) if expert.counts is None else int(expert.counts.sum())
 
 
 def _routing(experts: Sequence[ExpertStatistics]) -> list[ExpertStatistics]:
@@ -266,11 +275,14 @@ def distinct(rows: np.ndarray) -> np.ndarray:
 
 
 def distinct_expert(expert: ExpertStatistics) -> ExpertStatistics:
-    """The same expert with each of its rows once, and the answer of its first appearance."""
-    first = _first(expert.rows)
+    """The same expert with each of its rows once, the answer of its first appearance, and the records of all."""
+    _, first, which = np.unique(expert.rows, axis=0, return_index=True, return_inverse=True)
     if len(first) == len(expert.rows):
         return expert
-    return _chosen(expert, first)
+    order = np.argsort(first)
+    counts = np.ones(len(expert.rows), dtype=np.int64) if expert.counts is None else expert.counts
+    records = np.bincount(which.ravel(), weights=counts).astype(np.int64)
+    return replace(_chosen(expert, first[order]), counts=records[order])
 
 
 def _first(rows: np.ndarray) -> np.ndarray:
