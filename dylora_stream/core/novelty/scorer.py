@@ -2,11 +2,11 @@
 
 1. Cross-conformal (Vovk 2012, 1208.0806): every distinct row of an expert is scored by a fit that has not seen its
    fold, whitening, centres and modes alike. The score of a row is its fused distance to the nearest expert with a say.
-2. p = (1 + held-out rows of the experts at least as far) / (1 + their records) (2104.08279), ties broken by a hash of
-   the row. A row is novel when p <= alpha. Known traffic that is exchangeable with the experts' records taken together
-   is called novel at most alpha of the time: a record whose text came before is nearer than all that is held out, so
-   it counts in the number alone. At most one such record a text counts, because a producer may send everything twice;
-   so of new texts at most twice alpha are called novel, whatever repeats.
+2. p = (1 + held-out records of the experts at least as far) / (1 + their number) (2104.08279), ties broken by a hash
+   of the row. A row is novel when p <= alpha. Known traffic that is exchangeable with the experts' records taken
+   together is called novel at most alpha of the time. A record whose text came several times would, held out, still
+   meet its like: it counts in the number, and as far from nobody. That is bounded, because a producer may send
+   everything twice: of new texts at most twice alpha are called novel, whatever repeats.
 3. Rows with an answer meet the calibration of rows with answers, rows without one that of inputs alone.
 
 Lost: one calibration an expert, novel when every expert says p_e <= alpha. It promises the rate for each expert by
@@ -56,10 +56,38 @@ class NoveltyScores:
 
 
 @dataclass(frozen=True, slots=True)
+class _Distances:
+    """An expert's held-out distances."""
+
+    ordered: np.ndarray  # (n,) ascending
+    reached: np.ndarray  # (n + 1,) records that the first 0 … n of them stand for
+    records: float  # that were held out, with those whose text is known all the same
+
+    @classmethod
+    def of(cls, distances: np.ndarray, counts: np.ndarray) -> "_Distances":
+        """distances (n,) of distinct texts, counts (n,) records of each.
+
+        A text that came once stands for itself, one that came again for nobody, as long as half of the records do:
+        else for a share, and at the most twice as many records as texts are counted.
+        """
+        records, came_once = min(float(counts.sum()), 2.0 * len(counts)), counts == 1
+        missing = records / 2 - came_once.sum()
+        share = np.clip(missing / max((~came_once).sum(), 1), 0.0, 1.0)
+        order = np.argsort(distances, kind="stable")
+        stands_for = np.where(came_once, 1.0, share)[order]
+        return cls(distances[order], np.append(0.0, np.cumsum(stands_for)), records)
+
+    def beyond(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) records that are farther than each distance, and at least as far."""
+        right, left = (np.searchsorted(self.ordered, distances, side=side) for side in ("right", "left"))
+        return self.reached[-1] - self.reached[right], self.reached[-1] - self.reached[left]
+
+
+@dataclass(frozen=True, slots=True)
 class _Calibration:
     """Held-out distances of one kind of rows (inputs alone, or with answers): a sorted array an expert."""
 
-    to_a_say: tuple[np.ndarray, ...]  # to the nearest expert with a say; empty for an expert without one
+    to_a_say: tuple["_Distances", ...]  # to the nearest expert with a say; none for an expert without one
     largest: np.ndarray  # (E,) the largest distance to any expert; inf where nothing was held out
 
     def p_values(
@@ -68,11 +96,10 @@ class _Calibration:
         """distances (n,), asked (n, E) whose rows count, uniform (n,) → (n,); nan for fewer than `least` such rows."""
         above, ties, count = (np.zeros(len(distances)) for _ in range(3))
         for column, held_out in enumerate(self.to_a_say):
-            farther = len(held_out) - np.searchsorted(held_out, distances, side="right")
-            as_far = len(held_out) - np.searchsorted(held_out, distances, side="left")
+            farther, as_far = held_out.beyond(distances)
             above += asked[:, column] * farther
             ties += asked[:, column] * (as_far - farther)
-            count += asked[:, column] * len(held_out)
+            count += asked[:, column] * held_out.records
         return np.where(count >= max(least, 1), (1.0 + above + uniform * ties) / (count + 1.0), np.nan)
 
 
@@ -154,7 +181,7 @@ class NoveltyScorer:
         for calibration, mask in zip(self._calibrations, (~answered, answered), strict=True):
             if not mask.any():
                 continue
-            has_say = np.array([len(part) > 0 for part in calibration.to_a_say])
+            has_say = np.array([part.records > 0 for part in calibration.to_a_say])
             asked = allowed[mask] & has_say
             near = np.where(asked, distances[mask], np.inf).min(axis=1)
             p_value[mask] = calibration.p_values(near, asked, uniform[mask], self._config.least_calibration)
@@ -174,11 +201,12 @@ class NoveltyScorer:
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Terms of the experts' rows, each by a fit without its fold, and whose row each is."""
+    """Terms of the experts' rows, each by a fit without its fold, whose row each is, and how often it came."""
 
     inputs: np.ndarray  # (n, E, T)
     answers: np.ndarray | None  # (n, E, T'), nan without an answer
     owner: np.ndarray  # (n,)
+    counts: np.ndarray  # (n,)
 
 
 def _held_out(
@@ -191,7 +219,7 @@ def _held_out(
     loses its last row."""
     sizes = [len(expert.rows) for expert in experts]  # not `count`, whose scatter is D² numbers
     folds = [rng.permutation(size) % config.folds if size > 1 else np.full(size, -1) for size in sizes]
-    inputs, answers, owner = [], [], []
+    inputs, answers, owner, counts = [], [], [], []
     for fold in range(config.folds):
         masks = [part == fold for part in folds]
         if not any(mask.any() for mask in masks):
@@ -203,11 +231,13 @@ def _held_out(
         given = _answers(held, experts)
         answers.append(None if given is None else part.answer_terms(rows, given))
         owner.append(np.repeat(np.arange(len(held)), [len(expert.rows) for expert in held]))
+        counts.append(np.concatenate([_counts(expert) for expert in held]))
     if not inputs:
-        return _HeldOut(np.zeros((0, len(experts), 3)), None, np.zeros(0, dtype=np.int64))
+        nobody = np.zeros(0, dtype=np.int64)
+        return _HeldOut(np.zeros((0, len(experts), 3)), None, nobody, nobody)
     known = [part for part in answers if part is not None]
     joined = np.concatenate(known) if len(known) == len(answers) else None
-    return _HeldOut(np.concatenate(inputs), joined, np.concatenate(owner))
+    return _HeldOut(np.concatenate(inputs), joined, np.concatenate(owner), np.concatenate(counts))
 
 
 def _calibrate(
@@ -220,16 +250,15 @@ def _calibrate(
     tenants = np.array([expert.tenant for expert in experts], dtype=object)
     counts = np.bincount(held_out.owner, minlength=len(experts))
     has_say = counts >= config.floor_rows
-    to_a_say: list[np.ndarray] = []
+    to_a_say: list[_Distances] = []
     largest = np.full(len(experts), np.inf)
     for column, expert in enumerate(experts):
-        own = distances[held_out.owner == column]
-        ours = tenants == expert.tenant
-        if len(own):
-            largest[column] = own[:, ours].min(axis=1).max()
-        kept = own[:, ours & has_say] if has_say[column] else np.zeros((0, 1))
-        repeats = min(_records(expert) - len(expert.rows), len(kept))
-        to_a_say.append(np.append(np.full(repeats, -np.inf), np.sort(kept.min(axis=1))))
+        mine, ours = held_out.owner == column, tenants == expert.tenant
+        if mine.any():
+            largest[column] = distances[mine][:, ours].min(axis=1).max()
+        heard = mine & has_say[column]
+        nearest = distances[heard][:, ours & has_say].min(axis=1, initial=np.inf)
+        to_a_say.append(_Distances.of(nearest, held_out.counts[heard]))
     return _Calibration(tuple(to_a_say), largest)
 
 
@@ -252,9 +281,9 @@ def _chosen(expert: ExpertStatistics, mask: np.ndarray) -> ExpertStatistics:
     return replace(expert, rows=expert.rows[mask], answers=answers, counts=counts)
 
 
-def _records(expert: ExpertStatistics) -> int:
-    """How many came with its rows' texts."""
-    return len(expert.rows) if expert.counts is None else int(expert.counts.sum())
+def _counts(expert: ExpertStatistics) -> np.ndarray:
+    """(n,) records that came with the text of each row."""
+    return np.ones(len(expert.rows), dtype=np.int64) if expert.counts is None else expert.counts
 
 
 def _routing(experts: Sequence[ExpertStatistics]) -> list[ExpertStatistics]:
@@ -280,8 +309,7 @@ def distinct_expert(expert: ExpertStatistics) -> ExpertStatistics:
     if len(first) == len(expert.rows):
         return expert
     order = np.argsort(first)
-    counts = np.ones(len(expert.rows), dtype=np.int64) if expert.counts is None else expert.counts
-    records = np.bincount(which.ravel(), weights=counts).astype(np.int64)
+    records = np.bincount(which.ravel(), weights=_counts(expert)).astype(np.int64)
     return replace(_chosen(expert, first[order]), counts=records[order])
 
 
