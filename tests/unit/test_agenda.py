@@ -38,6 +38,16 @@ def test_a_stream_that_always_has_rows_to_sketch_founds_experts_all_the_same() -
     assert done[JobKind.CONSOLIDATE] >= 2
 
 
+def test_a_job_knows_how_often_each_text_came() -> None:
+    """Repeats are not trained on, and tell how much of the traffic is new."""
+    desk = Desk()
+    desk.gather([*texts("apple", 0, 30), *["apple 7"] * 4])
+    request = desk.curator.next_job()
+    assert request is not None
+    assert [request.counts.get(row.input) for row in request.rows].count(1) == len(request.rows) - 1 == 29
+    assert request.counts["apple 7"] == 5
+
+
 def test_experts_with_new_rows_take_turns() -> None:
     """One whose rows come faster than it is trained does not keep the others from theirs."""
     desk = Desk(replace(RULES, max_consolidate_rows=40))

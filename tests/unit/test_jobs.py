@@ -50,7 +50,8 @@ def letter_rows(begin: int, end: int) -> Rows:
     rng = np.random.default_rng(7)
     words = ["".join(rng.choice(list("abcdefgh"), size=9)) for _ in range(end)]
     return [
-        {"position": f"t:0:{n}", "input": words[n], "output": "yes", "choices": []} for n in range(begin, end)
+        {"position": f"t:0:{n}", "input": words[n], "output": "yes", "choices": [], "count": 1 + n % 3}
+        for n in range(begin, end)
     ]
 
 
@@ -143,7 +144,9 @@ def test_a_learnable_skill_is_promoted_with_all_its_files(letters: Path) -> None
     assert report["trained_rows"] + heldout["rows"] == 60
     exemplars = (letters / "expert" / "exemplars.jsonl").read_text().splitlines()
     assert len(exemplars) == report["trained_rows"]
-    assert load_file(letters / "expert" / "statistics.safetensors")["features"].shape[0] == 60
+    statistics = load_file(letters / "expert" / "statistics.safetensors")
+    assert statistics["features"].shape[0] == 60
+    assert statistics["counts"].tolist() == [1 + n % 3 for n in range(60)]
     assert load_adapter(letters / "expert").rank == 4
     assert (letters / "router" / "router.safetensors").is_file()
 
