@@ -102,6 +102,9 @@ class Source(Protocol):
         """End offset minus position, summed over the assigned partitions; NaN where it cannot be known now. May block
         for a round trip; never raises."""
 
+    def assignment(self) -> frozenset[Partition]:
+        """The partitions that this member owns now."""
+
     def committed_notes(self) -> frozenset[str]:
         """The notes stored beside the group's committed offsets, whoever of the group wrote them; none is empty. Raises
         BrokerUnreachable or TransactionAborted where they cannot be read now."""

@@ -27,7 +27,8 @@ class Outbox:
         self._is_in_doubt = False  # whether an aborted transaction may have happened after all
 
     def publish(self, checkpoint: Checkpoint, positions: Mapping[Partition, int]) -> list[OutboundMessage]:
-        """Everything that waits, in one transaction; what went out. `positions` are committed where nothing was polled.
+        """Everything that waits, in one transaction; what went out. Where nothing was polled, `positions` are
+        committed, if their partitions are owned.
 
         On TransactionAborted the source is rewound, and what is not out already waits on.
         """
@@ -38,7 +39,10 @@ class Outbox:
             self._resolve_doubt()
             return []
         messages, last = [message for _, message in pending], pending[-1][0]
-        offsets = dict(checkpoint.offsets) or dict(positions)
+        mine = self._source.assignment()  # the database also knows topics that are gone
+        offsets = dict(checkpoint.offsets) or {part: at for part, at in positions.items() if part in mine}
+        if positions and not offsets:
+            return []
         try:
             self._sink.publish(messages, Checkpoint(offsets=offsets, group=checkpoint.group, note=last))
         except TransactionAborted:

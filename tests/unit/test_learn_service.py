@@ -37,7 +37,7 @@ from dylora_stream.core.errors import (
 )
 from dylora_stream.core.events import EventType
 from dylora_stream.core.experts import ExpertVersion, Maturity, Registry
-from dylora_stream.core.ledger import JobKind, JobRecord, JobState, RowState
+from dylora_stream.core.ledger import Changes, JobKind, JobRecord, JobState, RowState
 from dylora_stream.core.messages import OutboundMessage, Position, Sample, Topic
 from dylora_stream.core.ports import Checkpoint
 from dylora_stream.core.recipes import CONSOLIDATION, SEEDING
@@ -367,6 +367,18 @@ def test_the_outbox_is_published_once_though_nobody_noted_it(tmp_path: Path, und
     workshop.steps(3)
     assert kinds_of(workshop) == kinds_of(undisturbed)
     assert len(workshop.broker.records(Topic.EXPERTS)) == 2
+
+
+def test_positions_of_a_topic_that_is_gone_do_not_hold_up_the_outbox(workshop: Workshop) -> None:
+    """The database keeps those of another prefix; a broker that is asked to commit them never answers."""
+    workshop.ledger.commit(Changes(positions={("old.samples", 0): 5}))
+    workshop.start()
+    workshop.send(INPUTS)
+    workshop.steps(STEPS)
+    workshop.service.retire(workshop.registries()[-1][0])
+    workshop.steps(2)
+    assert workshop.registries()[-1] == []
+    assert ("old.samples", 0) not in workshop.broker.group(GROUP).committed
 
 
 def test_a_commit_that_happened_without_an_answer_is_not_sent_again(
