@@ -56,6 +56,26 @@ class NoveltyScores:
 
 
 @dataclass(frozen=True, slots=True)
+class _Repeats:
+    """How texts that came again are counted, by the experts that are calibrated together.
+
+    One stands for nobody as long as those that came once are half of all records, else for a `share` of a record; and
+    no more than twice as many records as texts are `counted`, as a share of them.
+    """
+
+    share: float
+    counted: float
+
+    @classmethod
+    def of(cls, counts: np.ndarray) -> "_Repeats":
+        """counts (n,) records of each distinct text."""
+        all_records, came_once = max(float(counts.sum()), 1.0), int((counts == 1).sum())
+        records = min(all_records, 2.0 * len(counts))
+        missing = (records / 2 - came_once) / max(len(counts) - came_once, 1)
+        return cls(share=min(max(missing, 0.0), 1.0), counted=records / all_records)
+
+
+@dataclass(frozen=True, slots=True)
 class _Distances:
     """An expert's held-out distances."""
 
@@ -64,18 +84,13 @@ class _Distances:
     records: float  # that were held out, with those whose text is known all the same
 
     @classmethod
-    def of(cls, distances: np.ndarray, counts: np.ndarray) -> "_Distances":
-        """distances (n,) of distinct texts, counts (n,) records of each.
-
-        A text that came once stands for itself, one that came again for nobody, as long as half of the records do:
-        else for a share, and at the most twice as many records as texts are counted.
-        """
-        records, came_once = min(float(counts.sum()), 2.0 * len(counts)), counts == 1
-        missing = records / 2 - came_once.sum()
-        share = np.clip(missing / max((~came_once).sum(), 1), 0.0, 1.0)
+    def of(cls, distances: np.ndarray, counts: np.ndarray, repeats: "_Repeats") -> "_Distances":
+        """distances (n,) of distinct texts, counts (n,) records of each."""
         order = np.argsort(distances, kind="stable")
-        stands_for = np.where(came_once, 1.0, share)[order]
-        return cls(distances[order], np.append(0.0, np.cumsum(stands_for)), records)
+        stands_for = np.where(counts == 1, 1.0, repeats.share)[order]
+        return cls(
+            distances[order], np.append(0.0, np.cumsum(stands_for)), float(counts.sum()) * repeats.counted
+        )
 
     def beyond(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) records that are farther than each distance, and at least as far."""
@@ -256,9 +271,10 @@ def _calibrate(
         mine, ours = held_out.owner == column, tenants == expert.tenant
         if mine.any():
             largest[column] = distances[mine][:, ours].min(axis=1).max()
-        heard = mine & has_say[column]
-        nearest = distances[heard][:, ours & has_say].min(axis=1, initial=np.inf)
-        to_a_say.append(_Distances.of(nearest, held_out.counts[heard]))
+        heard, voters = mine & has_say[column], ours & has_say
+        nearest = distances[heard][:, voters].min(axis=1, initial=np.inf)
+        repeats = _Repeats.of(held_out.counts[voters[held_out.owner]])
+        to_a_say.append(_Distances.of(nearest, held_out.counts[heard], repeats))
     return _Calibration(tuple(to_a_say), largest)
 
 
