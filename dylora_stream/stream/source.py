@@ -198,11 +198,6 @@ class KafkaSource:
     def _settle(self) -> None:
         """Seek every assigned partition to where to go on. A broker that is slow leaves it for the next poll."""
         group = self._consumer.group_metadata()
-        if self._consumer._coordinator.rebalance_in_progress():  # noqa: SLF001 - the client has no other way to ask
-            self._check_alive(
-                has_records=False
-            )  # what is asked now would wait behind the join, on its connection
-            return
         assigned = sorted(self._consumer.assignment())
         if group.generation_id < 0 or not assigned:
             self._generation = group.generation_id
