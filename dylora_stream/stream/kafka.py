@@ -55,7 +55,9 @@ class KafkaConfig:
     bootstrap_servers: str  # "host:port[,host:port…]"
     prefix: str = "dylora."  # of every topic that `names` does not name
     names: Mapping[Topic, str] = field(default_factory=dict)  # whole names of single topics
-    group: str = "dylora.serve"  # the consumer group; the setting goes before .serve and .learn, empty: the prefix
+    group: str = (
+        "dylora.serve"  # the consumer group; the setting goes before .serve and .learn, empty: the prefix
+    )
     instance: str = (
         "0"  # names this process among its like: static membership and client id; each has its own
     )
