@@ -26,6 +26,7 @@ EVENTS = {
     "child_started": "learn has a new training child",
     "dead_lettered": "records of a batch could not be answered and went to the dead letters",
     "drain_overdue": "a role did not end within serve.drain_deadline_s and ends at once; what it had is taken again",
+    "embedded_broker_shared": "workers of one role may wait for each other on the embedded broker: use a real Kafka",
     "event_dropped": "a worker's own event could not be published; nothing depends on it",
     "expert_load_failed": "part of a registry cannot be served; its old version, if any, stays",
     "experts_adopted": "learn goes by other experts than its database knew; `unpublished` ones are published again",

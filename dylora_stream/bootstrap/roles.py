@@ -246,6 +246,8 @@ def _enter(settings: Settings, role: str, closing: ExitStack) -> tuple[KafkaConf
     kafka = kafka_of(settings, identity.name, f"{_group(settings)}.{role}")
     wait_for_broker(kafka)
     create_topics(settings)
+    if kafka.is_embedded and not identity.name.endswith("-0"):
+        log.warning("embedded_broker_shared", role=role)
     return kafka, identity
 
 

@@ -62,8 +62,8 @@ def broker(
 ) -> None:
     """Start the embedded broker in the foreground, for one machine; it keeps its topics over restarts.
 
-    It speaks Kafka's protocol well enough for the daemon, a demo and tests. Where nothing may be lost or repeated,
-    whatever fails, use a real Kafka.
+    It speaks Kafka's protocol well enough for one daemon, a demo and tests. Where nothing may be lost or repeated,
+    whatever fails, and for several serve workers, use a real Kafka.
     """
     from dylora_stream.bootstrap.tools import embedded_broker
 
