@@ -39,7 +39,7 @@ def list_letters(
     table = Table("position", "stage", "reason", "message")
     for letter in islice((each for each in found if reason in (None, each.reason)), limit):
         table.add_row(str(letter.record.position), letter.stage, letter.reason, letter.message)
-    show(table if table.rows else "No dead letter.")
+    show(table if table.rows else f"No dead letter{f' for the reason {reason}' if reason else ''}.")
 
 
 def replay_letters(

@@ -28,14 +28,13 @@ class Exemplars:
 def read_exemplars(
     backbone: Backbone, exemplars: Sequence[Sequence[LabelledText]], max_tokens: int
 ) -> Exemplars:
-    """Prompts of each expert's rows, each expert's first ones as far as an equal share of `max_tokens` goes."""
+    """Prompts of each expert's rows, each expert's first ones that fit into an equal share of `max_tokens`."""
     prompts: list[list[int]] = []
     owners: list[int] = []
     share = max_tokens // len(exemplars)
     for owner, rows in enumerate(exemplars):
         ids = backbone.prompt_ids([row.input for row in rows])
-        within = np.cumsum([len(prompt) for prompt in ids]) <= share
-        kept = [prompt for prompt, fits in zip(ids, within, strict=True) if fits] or [ids[0][:share]]
+        kept = _fitting(ids, max(share, 1))
         prompts += kept
         owners += [owner] * len(kept)
     states, masks, features, order = [], [], [], []
@@ -46,3 +45,13 @@ def read_exemplars(
         features.append(stem_features(states[-1], tokens.attention_mask).cpu().numpy())
         order += chosen
     return Exemplars(states, masks, np.concatenate(features), torch.tensor(owners)[order])
+
+
+def _fitting(prompts: Sequence[list[int]], share: int) -> list[list[int]]:
+    """Those that find room, a long one passed over for the shorter ones behind it; one cut short where none does."""
+    kept, left = [], share
+    for prompt in prompts:
+        if len(prompt) <= left:
+            kept.append(prompt)
+            left -= len(prompt)
+    return kept or [prompts[0][:share]]

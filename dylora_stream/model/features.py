@@ -280,7 +280,11 @@ def _means(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _head_gradients(backbone: Backbone, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(states h_t, d loss / d h_t), each (answer tokens, d) float32: Wᵀ(softmax - one-hot)."""
+    """(states h_t, d loss / d h_t), each (answer tokens, d) float32: Wᵀ(softmax - one-hot).
+
+    Where a model scales or caps its logits (Granite, Gemma 2) it is the gradient of the plain softmax all the same: the
+    same fixed function of every row, if not that of the model's own loss.
+    """
     states = backbone.body(**tokens.inputs(), use_cache=False)[0][tokens.answer_positions()]
     errors = torch.softmax(backbone.head(states).float(), dim=-1)
     ids = tokens.answer_ids()

@@ -19,6 +19,7 @@ from dylora_stream.model.adapters import Adapter, load_adapter, save_adapter
 from dylora_stream.model.answering import MixtureAnswerer
 from dylora_stream.model.backbone import Backbone, load_backbone
 from dylora_stream.model.config import GenerationConfig, ModelConfig, PoolConfig
+from dylora_stream.model.exemplars import read_exemplars
 from dylora_stream.model.features import LabelledText, read_rows
 from dylora_stream.model.gates import BackboneGate, ClosedFormGate, Gate, HybridGate
 from dylora_stream.model.live import LiveExperts, read_expert
@@ -451,3 +452,10 @@ def test_the_networks_dense_shares_are_the_rules_shares() -> None:
         served = {expert: weight for expert, weight in routing.members(row) if expert >= 0}
         trained = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
         assert served == pytest.approx(trained, rel=1e-5)
+
+
+def test_a_long_exemplar_takes_no_room_from_the_shorter_ones_behind_it(world: World) -> None:
+    """Of an expert whose first row is long the others are read; of one whose rows all are, a beginning."""
+    rows = [LabelledText(input=text, output="yes") for text in ("x" * 150, *texts("digits", 4))]
+    read = read_exemplars(world.backbone, [rows, rows[:1]], 2 * 120)
+    assert np.bincount(read.owners.numpy()).tolist() == [4, 1]
