@@ -345,7 +345,12 @@ def wait_for_broker(config: KafkaConfig, sleep: Callable[[float], None] = time.s
                 "Start one with `dylora-stream broker`, or set kafka.bootstrap_servers"
             ) from cause
         log.warning(
-            "broker_unreachable", servers=config.bootstrap_servers, cause=str(cause), retry_s=round(wait, 1)
+            "broker_unreachable",
+            servers=config.bootstrap_servers,
+            cause=str(cause),
+            retry_s=round(wait, 1),
+            gives_up_in_s=round(left),
+            advice="start one with `dylora-stream broker`, or set kafka.bootstrap_servers",
         )
         sleep(min(wait, left))
         wait = min(wait * 2, LONGEST_WAIT_S)
