@@ -158,6 +158,7 @@ class HttpPort:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = CONNECTIONS  # with the class's 5, of a burst the kernel holds some back for seconds
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = family_of(address[0])
