@@ -6,11 +6,14 @@
     waiting for one      the newest `MOST_WAITING`; clusters that got a row most recently keep theirs longest
     settled              the newest `MOST_SETTLED` of skills that are recognised; the others at once
 
+The last two are shared out among tenants: one that sends much displaces its own rows before another's.
+
 With a backbone of width 576 a row has 2,797 numbers and its answer 1,345, float32, 16.6 KB: 260 MB at each of the two
 larger limits. What was trained on stays in the ledger for ever, see `Ledger.training_rows`; a start loads of it what
 would be held.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from dylora_stream.core.ledger import MOST_UNLABELLED, ClusterRecord, ClusterState, LedgerRow, RowState
@@ -60,6 +63,24 @@ def _all_but_newest(rows: Sequence[LedgerRow], kept: int) -> Sequence[LedgerRow]
     return rows[: max(len(rows) - kept, 0)]
 
 
+def _beyond(limit: int, rows: Iterable[LedgerRow]) -> list[LedgerRow]:
+    """All but the last `limit`, of each tenant as many as its part allows; rows: those to keep longest last."""
+    owned: dict[str, list[LedgerRow]] = defaultdict(list)
+    for row in rows:
+        owned[row.tenant].append(row)
+    part = _part(limit, [len(mine) for mine in owned.values()])
+    return [row for mine in owned.values() for row in _all_but_newest(mine, part)]
+
+
+def _part(limit: int, wanted: Sequence[int]) -> int:
+    """The most that each may have so that all together have `limit`: who wants less leaves more to the others."""
+    for asking, least in zip(range(len(wanted), 0, -1), sorted(wanted), strict=True):
+        if least * asking > limit:
+            return limit // asking
+        limit -= least
+    return max(wanted, default=0)
+
+
 def _in_open_clusters(rows: Rows, clusters: Mapping[str, ClusterRecord]) -> list[LedgerRow]:
     """Clustered rows but for those in training."""
     return [
@@ -69,19 +90,18 @@ def _in_open_clusters(rows: Rows, clusters: Mapping[str, ClusterRecord]) -> list
     ]
 
 
-def _all_but_freshest(waiting: Sequence[LedgerRow]) -> Sequence[LedgerRow]:
+def _all_but_freshest(waiting: Sequence[LedgerRow]) -> list[LedgerRow]:
     """The rows of the clusters that have waited longest for another row, and of those the oldest."""
     fed: dict[str, int] = {}
     for row in waiting:
         group = row.cluster_id or row.position
         fed[group] = max(fed.get(group, row.time_ms), row.time_ms)
     ordered = sorted(waiting, key=lambda row: (fed[row.cluster_id or row.position], *by_age(row)))
-    return _all_but_newest(ordered, MOST_WAITING)
+    return _beyond(MOST_WAITING, ordered)
 
 
 def _settled(rows: Sequence[LedgerRow], clusters: Mapping[str, ClusterRecord]) -> list[LedgerRow]:
     """All that expired or were a retired expert's, and the oldest of the others."""
     closed = {name for name, cluster in clusters.items() if cluster.state in CLOSED}
-    recognised = [row for row in rows if row.cluster_id in closed]
-    kept = {row.position for row in recognised[-MOST_SETTLED:]}
-    return [row for row in rows if row.position not in kept]
+    given_up = [row for row in rows if row.cluster_id not in closed]
+    return given_up + _beyond(MOST_SETTLED, (row for row in rows if row.cluster_id in closed))

@@ -65,6 +65,15 @@ def test_clusters_that_nobody_feeds_go_first(monkeypatch: pytest.MonkeyPatch) ->
     assert numbers(surplus(Rows([*rows, row(10), row(11)]), clusters, 4, ())) == [1, 2, 3]
 
 
+def test_a_tenant_that_floods_displaces_its_own_rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quiet tenant's cluster goes on filling, whatever a loud one sends; what it leaves is the others'."""
+    monkeypatch.setattr(retention, "MOST_WAITING", 10)
+    quiet = [row(n, tenant="quiet") for n in range(3)]
+    loud = [row(n, tenant=("loud", "louder")[n % 2]) for n in range(10, 22)]
+    assert numbers(surplus(Rows([*quiet, *loud]), {}, 4, ())) == [10, 11, 12, 13, 14, 15]
+    assert numbers(surplus(Rows([*quiet, *loud[:7]]), {}, 4, ())) == []
+
+
 def test_what_expired_goes_and_what_is_recognised_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settled rows of a skill that the backbone has stand for it, as many as are compared."""
     monkeypatch.setattr(retention, "MOST_SETTLED", 2)
